@@ -1,0 +1,234 @@
+"""The artifact store: bytes by key, in a folder, a bucket, or memory, through obstore.
+
+Owns durability and naming of stores. It knows nothing of runs or manifests. A put is complete or absent: on a
+local disk it is written aside, synced, renamed, and its folder synced (obstore's local store does not sync by
+itself, and this one's temporary names are hidden from its listings); a bucket's own puts are atomic.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+from urllib.parse import unquote, urlsplit
+
+import obstore
+from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError
+from obstore.store import LocalStore, MemoryStore, from_url
+
+from flash.errors import Conflict, InvalidInput, NotFound, Unavailable
+from flash.failpoints import failpoint
+
+_CHUNK = 4 << 20  # bytes
+
+
+class Store:
+    """A store by URL: `file:///folder`, `memory://`, `s3://bucket/prefix`, `gs://`, `az://`.
+
+    Raises `NotFound` for an absent key and `Unavailable` when the store can't be reached or written.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._root: Path | None = None
+        parts = urlsplit(url)
+        if parts.scheme == "file":
+            self._root = Path(unquote(parts.path))
+            self._root.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._backend: Any = LocalStore(self._root)
+        elif parts.scheme == "memory":
+            self._backend = MemoryStore()
+        elif parts.scheme:
+            self._backend = from_url(url)
+        else:
+            raise InvalidInput(f"{url!r} is not a store", remedy="write a URL such as file:///folder or s3://bucket")
+
+    # --- writing ------------------------------------------------------------------------------------
+
+    def put_bytes(self, key: str, data: bytes, *, create: bool = False) -> None:
+        """Writes an object whole; with `create`, raises `Conflict` if the key is taken."""
+        if self._root is not None:
+            with self._replacing(key, create=create) as file:
+                file.write(data)
+            return
+        with _translated(key):
+            obstore.put(self._backend, _safe(key), data, mode="create" if create else "overwrite")
+
+    def put_file(self, key: str, path: Path) -> None:
+        """Writes a local file's bytes under the key, in parts where the store takes parts."""
+        if self._root is not None:
+            with path.open("rb") as source, self._replacing(key, create=False) as file:
+                shutil.copyfileobj(source, file, _CHUNK)
+            return
+        with _translated(key):
+            obstore.put(self._backend, _safe(key), path)
+
+    @contextmanager
+    def _replacing(self, key: str, *, create: bool) -> Iterator[IO[bytes]]:
+        assert self._root is not None
+        target = self._root / _safe(key)
+        # obstore's listings leave out names that end in "#<digits>".
+        draft = target.with_name(f"{target.name}#{secrets.randbelow(10**12)}")
+        try:
+            _make_folders(target.parent)
+            with draft.open("xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            failpoint("store.draft")
+            if create:
+                _link_new(draft, target, key)
+            else:
+                draft.rename(target)
+            sync_folder(target.parent)
+        except OSError as error:
+            raise _failed(key, error) from error
+        finally:
+            with suppress(OSError):
+                draft.unlink()
+
+    def copy(self, source: str, target: str) -> None:
+        """Gives an object a second key; a local disk shares the bytes, a bucket copies them on its side."""
+        if self._root is None:
+            with _translated(source):
+                obstore.copy(self._backend, _safe(source), _safe(target))
+            return
+        path = self._root / _safe(target)
+        try:
+            _make_folders(path.parent)
+            with suppress(FileExistsError):
+                os.link(self._root / _safe(source), path)
+            sync_folder(path.parent)
+        except FileNotFoundError:
+            raise NotFound(f"no object {source}") from None
+        except OSError as error:
+            raise _failed(source, error) from error
+
+    def delete(self, key: str) -> None:
+        """Removes the object; an absent key is fine."""
+        try:
+            with _translated(key):
+                obstore.delete(self._backend, _safe(key))
+        except NotFound:
+            pass
+
+    # --- reading ------------------------------------------------------------------------------------
+
+    def size(self, key: str) -> int | None:
+        """Bytes of the object, or None if there is none."""
+        try:
+            with _translated(key):
+                return int(obstore.head(self._backend, _safe(key))["size"])
+        except NotFound:
+            return None
+
+    def get_bytes(self, key: str) -> bytes:
+        with _translated(key):
+            return bytes(obstore.get(self._backend, _safe(key)).bytes())
+
+    def stream(self, key: str) -> Iterator[bytes]:
+        """The object in chunks of a few MiB."""
+        with _translated(key):
+            for chunk in obstore.get(self._backend, _safe(key)).stream(min_chunk_size=_CHUNK):
+                yield bytes(chunk)
+
+    def digest(self, key: str) -> str:
+        """SHA-256 of the object's bytes, read from the store."""
+        found = hashlib.sha256()
+        for chunk in self.stream(key):
+            found.update(chunk)
+        return found.hexdigest()
+
+    def list(self, prefix: str) -> list[str]:
+        """Keys below a prefix, which ends at a path segment."""
+        with _translated(prefix):
+            pages = obstore.list(self._backend, prefix=prefix)
+            return sorted(str(item["path"]) for page in pages for item in page)
+
+    def folders(self, prefix: str) -> Sequence[str]:
+        """Names directly below a prefix that have objects below them."""
+        with _translated(prefix):
+            found = obstore.list_with_delimiter(self._backend, prefix=prefix)
+        return sorted(str(each).rstrip("/").rpartition("/")[2] for each in found["common_prefixes"])
+
+    # --- clean-up -----------------------------------------------------------------------------------
+
+    def sweep(self, *, older_than_s: float) -> int:
+        """Removes what killed writers left half-written; returns how many. Buckets expire their own parts."""
+        if self._root is None:
+            return 0
+        swept = 0
+        for draft in self._root.rglob("*#*"):
+            if _is_draft(draft.name) and time.time() - draft.stat().st_mtime > older_than_s:
+                draft.unlink(missing_ok=True)
+                swept += 1
+        return swept
+
+
+def digest_file(path: Path) -> tuple[str, int]:
+    """SHA-256 and size in bytes of a local file."""
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256")
+        return found.hexdigest(), file.tell()
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes names in the folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _make_folders(folder: Path) -> None:
+    if folder.is_dir():
+        return
+    _make_folders(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync_folder(folder.parent)
+
+
+def _link_new(draft: Path, target: Path, key: str) -> None:
+    try:
+        os.link(draft, target)
+    except FileExistsError:
+        raise Conflict(f"object {key} is there already") from None
+
+
+def _safe(key: str) -> str:
+    parts = key.split("/")
+    if any(part in ("", ".", "..") or "\0" in part or "#" in part for part in parts):
+        raise InvalidInput(f"{key!r:.200} is not a store key")
+    return key
+
+
+def _is_draft(name: str) -> bool:
+    _, mark, digits = name.rpartition("#")
+    return bool(mark) and digits.isdigit()
+
+
+@contextmanager
+def _translated(key: str) -> Iterator[None]:
+    """The store's failures in Flash's words; what went wrong inside is kept as the cause."""
+    try:
+        yield
+    except (NotFoundError, FileNotFoundError) as error:  # obstore raises either
+        raise NotFound(f"no object {key}") from error
+    except (AlreadyExistsError, FileExistsError) as error:
+        raise Conflict(f"object {key} is there already") from error
+    except (BaseError, OSError) as error:
+        raise _failed(key, error) from error
+
+
+def _failed(key: str, error: Exception) -> Unavailable:
+    reason = str(error).split("\n")[0][:300]
+    return Unavailable(
+        f"the artifact store failed on {key}: {reason}", remedy="check space, permissions and the network"
+    )

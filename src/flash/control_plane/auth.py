@@ -1,0 +1,72 @@
+"""Who may: bearer tokens of people and of attempts, as route dependencies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Header, Request
+
+from flash.control_plane.services import Services
+from flash.errors import Conflict, Unauthorized
+from flash.records import AttemptState
+from flash.storage import identity, runs
+from flash.storage.identity import Caller
+
+
+def services_of(request: Request) -> Services:
+    found: Services = request.app.state.services
+    return found
+
+
+Plane = Annotated[Services, Depends(services_of)]
+
+
+def _bearer(authorization: Annotated[str | None, Header()] = None) -> str:
+    scheme, _, token = (authorization or "").partition(" ")
+    if scheme.lower() != "bearer" or not token.strip():
+        raise Unauthorized("no bearer token", remedy="send `Authorization: Bearer <key>`")
+    return token.strip()
+
+
+Bearer = Annotated[str, Depends(_bearer)]
+
+
+def _caller(plane: Plane, token: Bearer) -> Caller:
+    with plane.database.read() as connection:
+        found = identity.find_caller(connection, token)
+    if found is None:
+        raise Unauthorized("the key is not valid here", remedy="`flash login`, or check FREESOLO_API_KEY")
+    return found
+
+
+Me = Annotated[Caller, Depends(_caller)]
+
+
+@dataclass(frozen=True)
+class WorkerIdentity:
+    """A worker whose token fits its attempt; whether it may still write is checked with each write."""
+
+    attempt_id: str
+    run_id: str
+    epoch: int
+
+
+def _worker(plane: Plane, token: Bearer, attempt_id: str) -> WorkerIdentity:
+    run_id, epoch = runs.split_attempt_id(attempt_id)
+    with plane.database.read() as connection:
+        attempt = runs.get_attempt(connection, run_id, epoch)
+    if not attempt.token_sha256 or not identity.matches(token, attempt.token_sha256):
+        raise Unauthorized("the token is not this attempt's")
+    return WorkerIdentity(attempt_id, run_id, epoch)
+
+
+Worker = Annotated[WorkerIdentity, Depends(_worker)]
+
+
+def require_live(attempt: runs.AttemptRow, epoch: int, *, states: tuple[AttemptState, ...]) -> None:
+    """Fences writes: Conflict for a stale epoch or an attempt that is not in one of `states` any more."""
+    if epoch != attempt.epoch:
+        raise Conflict(f"epoch {epoch} does not fit attempt {attempt.id}")
+    if attempt.state not in states:
+        raise Conflict(f"attempt {attempt.id} is {attempt.state.value}", remedy="this worker must exit")

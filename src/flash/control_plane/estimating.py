@@ -1,0 +1,133 @@
+"""What a run will need and take on the hardware that this server can reach: refusal, micro-batch, time limit.
+
+Owns the meeting of the catalog's arithmetic with real devices and a real package. Knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from flash.artifacts.manifests import environment_key
+from flash.catalog.catalog import ModelEntry
+from flash.catalog.cost import Dataset, check_fit, estimate
+from flash.catalog.fit import fits, fitted, most_tokens
+from flash.catalog.hardware import HardwareClass, cpu_class, gpu_like
+from flash.config.run import RunSpec
+from flash.control_plane.services import Services
+from flash.environments.package import unpack
+from flash.environments.sizes import SplitSize, split_size
+from flash.errors import FlashError, ModelError
+from flash.launching.hardware import Device, cpu_device, cuda_devices
+from flash.storage.runs import RunRow
+
+_LARGEST_PACKAGE = 8 << 20  # bytes of an archive that a submit opens to count its rows
+
+
+@dataclass(frozen=True)
+class Planned:
+    """`spec` with a micro-batch that fits; `estimate` is None where the catalog's entry has no shape."""
+
+    spec: RunSpec
+    estimate: dict[str, Any] | None
+    wall_clock_limit_s: float
+
+
+def reachable(plane: Services) -> list[tuple[str, HardwareClass]]:
+    """Each device of the launcher with what is known of it; devices that this machine can't describe are left out."""
+    try:
+        names = plane.launcher.devices()
+    except FlashError:
+        return []
+    known = _local_devices()
+    found = []
+    for name in names:
+        device = known.get("cpu" if name.startswith("cpu") else name)
+        if device is not None:
+            found.append((name, _class_of(device)))
+    return found
+
+
+@cache
+def _local_devices() -> dict[str, Device]:
+    """Asked once: neither memory nor GPUs come and go while a server runs."""
+    return {device.name: device for device in [cpu_device(), *cuda_devices()]}
+
+
+def _class_of(device: Device) -> HardwareClass:
+    if device.name == "cpu":
+        return cpu_class(memory=device.memory, cores=os.cpu_count() or 1)
+    return gpu_like(device.kind, device.memory)
+
+
+def plan_run(plane: Services, spec: RunSpec, entry: ModelEntry, size: SplitSize | None) -> Planned:
+    """`size` is of the package's own rows, where there are some (`packaged_rows`).
+
+    Raises InvalidInput, with need, have and the key to lower, when no reachable device can ever fit the run.
+
+    Where nothing can be told, of the model or of the devices, nothing is refused.
+    """
+    settings = plane.settings
+    unknown = max(settings.wall_clock_min_s, settings.wall_clock_unknown_s)
+    classes = [hardware for _, hardware in reachable(plane)]
+    try:
+        check_fit(spec, entry, classes)
+    except ModelError:
+        return Planned(spec, None, unknown)
+    fitting = [hardware for hardware in classes if fits(spec, entry, hardware)]
+    if not fitting:
+        return Planned(spec, None, unknown)
+    found = estimate(spec, entry, min(fitting, key=lambda hardware: hardware.flops), _dataset(size, spec, entry))
+    limit = max(settings.wall_clock_min_s, settings.wall_clock_factor * found.limit_base_s)
+    if spec.algorithm == "sft" and size is None and not (spec.train.max_examples or spec.train.max_steps):
+        limit = max(limit, unknown)  # rows made in code: nobody knows how many
+    return Planned(_sized(spec, entry, fitting), found.document(), limit)
+
+
+def _sized(spec: RunSpec, entry: ModelEntry, classes: list[HardwareClass]) -> RunSpec:
+    """With micro-batches that fit the tightest of the devices. The gradient does not depend on the split."""
+    tokens = min(fitted(spec, entry, hardware).micro_batch_tokens for hardware in classes)
+    if tokens >= most_tokens(spec):
+        return spec
+    return spec.model_copy(update={"recipe": spec.recipe.model_copy(update={"micro_batch_tokens": tokens})})
+
+
+def _dataset(size: SplitSize | None, spec: RunSpec, entry: ModelEntry) -> Dataset | None:
+    if size is None:
+        return None
+    return Dataset.of_text(entry, size.rows, size.input + (size.output if spec.algorithm == "sft" else 0.0))
+
+
+def packaged_rows(plane: Services, sha256: str, size: int, params: Mapping[str, Any]) -> SplitSize | None:
+    """The rows that a pushed package ships for these params; not to be asked inside a transaction: it unpacks."""
+    if size > _LARGEST_PACKAGE:
+        return None
+    try:
+        archive = plane.store.get_bytes(environment_key(sha256))
+        with tempfile.TemporaryDirectory() as folder:
+            unpack(archive, Path(folder))
+            return split_size(Path(folder), params)
+    except (FlashError, OSError):  # an estimate is not worth a submit
+        return None
+
+
+# --- what a run cost --------------------------------------------------------------------------------------
+
+
+def estimated_usd(run: RunRow) -> float | None:
+    return None if run.estimate is None else float(run.estimate["usd"])
+
+
+def cost_usd(run: RunRow) -> float | None:
+    """By the time under a worker's lease; of a cancelled run by the steps that it reached."""
+    if run.estimate is None:
+        return None
+    seconds = run.active_s
+    if run.state.value == "cancelled":
+        seconds = min(seconds, run.step * float(run.estimate["seconds_per_step"]))
+    return round(seconds / 3600 * float(run.estimate["usd_per_hour"]), 4)

@@ -1,0 +1,567 @@
+"""Makes what is so into what is wanted: `decide` looks at a snapshot, `Reconciler` acts.
+
+`decide` is pure: it reads no clock, no database and no process. It is level-triggered: it goes by how things
+are, never by what happened last, so a restarted server just goes on. Every action is applied as a
+compare-and-set; one that comes too late changes nothing, and the next look decides anew.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import Connection
+
+from flash.control_plane.cleaning import Cleaner
+from flash.control_plane.salvaging import salvage
+from flash.control_plane.services import Services
+from flash.control_plane.settings import ServerSettings
+from flash.control_plane.status import FAILURE_WORDS, backoff_left
+from flash.errors import FlashError
+from flash.failpoints import failpoint
+from flash.launching.launcher import LaunchRequest, Probe
+from flash.records import AttemptState, FailureKind, Phase, RunState
+from flash.storage import identity, runs
+
+log = logging.getLogger("flash.reconciler")
+
+RETRIED = frozenset({FailureKind.INFRASTRUCTURE, FailureKind.STALL, FailureKind.PREEMPTED})
+
+
+# --- what decide sees ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AttemptSnapshot:
+    """An attempt as seen now; durations in seconds on this server's monotonic clock."""
+
+    epoch: int
+    state: AttemptState
+    device: str
+    handle: str | None = None
+    probe: Probe | None = None  # None: no handle to probe
+    found: str | None = None  # the launcher's own handle for this attempt, if it lists one
+    phase: Phase | None = None
+    silent_s: float = 0.0  # since the last heartbeat
+    stuck_s: float = 0.0  # since the last progress
+    state_s: float = 0.0  # in this state
+    stop_reason: str | None = None
+    stop_s: float = 0.0  # since it was asked to stop
+    outcome: str | None = None
+    failure: FailureKind | None = None
+    message: str | None = None
+    error: dict[str, object] | None = None
+    brought_checkpoint: bool = False
+
+    @property
+    def live(self) -> bool:
+        return self.state is not AttemptState.ENDED
+
+
+@dataclass(frozen=True)
+class RunSnapshot:
+    run_id: str
+    state: RunState
+    desired: str
+    attempts: tuple[AttemptSnapshot, ...] = ()  # oldest first
+    retry_at: float | None = None
+    fruitless: int = 0
+    micro_batch_divisor: int = 1
+    active_s: float = 0.0
+    wall_clock_limit_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Orphan:
+    """A worker that the launcher lists and the database does not expect."""
+
+    attempt_id: str
+    handle: str
+    seen_s: float
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    runs: tuple[RunSnapshot, ...]  # in order of submission
+    devices: tuple[str, ...]  # none while the launcher is out of reach
+    orphans: tuple[Orphan, ...] = ()
+    listed: bool = True  # False: the launcher could not say what lives
+
+
+# --- what decide says ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StartAttempt:
+    run_id: str
+    epoch: int
+    device: str
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Start the worker of an attempt that has none: it was just created, or the server died in between."""
+
+    run_id: str
+    epoch: int
+    device: str
+
+
+@dataclass(frozen=True)
+class Adopt:
+    run_id: str
+    epoch: int
+    handle: str
+
+
+@dataclass(frozen=True)
+class AskToStop:
+    run_id: str
+    epoch: int
+    reason: str  # cancel | wall_clock
+
+
+@dataclass(frozen=True)
+class EndAttempt:
+    """Fence the attempt off: from now on its writes are refused, and its worker is killed."""
+
+    run_id: str
+    epoch: int
+    failure: FailureKind | None
+    message: str
+
+
+@dataclass(frozen=True)
+class Kill:
+    handle: str
+    why: str
+
+
+@dataclass(frozen=True)
+class ConfirmDead:
+    """The worker is known dead: its device is free."""
+
+    run_id: str
+    epoch: int
+    failure: FailureKind | None = None  # for one that had not ended by itself
+    message: str | None = None
+
+
+@dataclass(frozen=True)
+class Requeue:
+    run_id: str
+    reason: str
+    delay_s: float
+    fruitless: int
+    micro_batch_divisor: int
+
+
+@dataclass(frozen=True)
+class Settle:
+    run_id: str
+    state: RunState
+    reason: str
+    error: dict[str, object] | None = field(default=None, hash=False)
+
+
+Action = StartAttempt | Launch | Adopt | AskToStop | EndAttempt | Kill | ConfirmDead | Requeue | Settle
+
+
+def decide(snapshot: Snapshot, now: float, settings: ServerSettings) -> list[Action]:
+    """What to do now. `now` is wall-clock time, used for nothing but the back-off's due time."""
+    actions: list[Action] = []
+    for run in snapshot.runs:
+        for attempt in run.attempts:
+            if attempt.live:
+                actions += _watch(run, attempt, settings, listed=snapshot.listed)
+        settled = _judge(run, settings)
+        if settled is not None:
+            actions.append(settled)
+    judged = {action.run_id for action in actions if isinstance(action, Settle)}
+    actions += _place(snapshot, judged, now, settings)
+    actions += [
+        Kill(orphan.handle, f"no one owns {orphan.attempt_id}")
+        for orphan in snapshot.orphans
+        if orphan.seen_s >= settings.orphan_grace_s
+    ]
+    return actions
+
+
+def _watch(
+    run: RunSnapshot, attempt: AttemptSnapshot, settings: ServerSettings, *, listed: bool
+) -> list[Action]:
+    """One live attempt: is its worker there, heard of, moving, and still wanted?"""
+    if attempt.handle is None and listed:  # else it may live without our knowing: leave it to its time limits
+        if attempt.found is not None:
+            return [Adopt(run.run_id, attempt.epoch, attempt.found)]
+        if attempt.state is AttemptState.LAUNCHING and run.desired == "run" and not run.state.terminal:
+            return [Launch(run.run_id, attempt.epoch, attempt.device)]
+        if attempt.state is not AttemptState.RUNNING:
+            return [ConfirmDead(run.run_id, attempt.epoch)]
+    elif attempt.probe is Probe.DEAD:
+        if attempt.state is AttemptState.ENDING:
+            return [ConfirmDead(run.run_id, attempt.epoch)]
+        early = attempt.state is AttemptState.LAUNCHING
+        message = "the worker's process ended before it reported" if early else "the worker's process died"
+        return [ConfirmDead(run.run_id, attempt.epoch, FailureKind.INFRASTRUCTURE, message)]
+    if attempt.state is AttemptState.ENDING:
+        return _see_off(attempt, settings)
+    overdue = _overdue(run, attempt, settings)
+    if overdue is not None:
+        return [overdue]
+    reason = _stop_reason(run)
+    if reason is not None and attempt.stop_reason is None:
+        if attempt.state is AttemptState.LAUNCHING:
+            cancelled = reason == "cancel"
+            message = f"{'cancelled' if cancelled else 'out of time'} before it started"
+            return [
+                EndAttempt(run.run_id, attempt.epoch, None if cancelled else FailureKind.WALL_CLOCK, message)
+            ]
+        return [AskToStop(run.run_id, attempt.epoch, reason)]
+    return []
+
+
+def _see_off(attempt: AttemptSnapshot, settings: ServerSettings) -> list[Action]:
+    """A worker that had its last word may leave by itself for a while; any other is killed at once."""
+    patience = settings.exit_grace_s if attempt.outcome is not None else 0.0
+    if attempt.handle is None or attempt.state_s < patience:
+        return []
+    return [Kill(attempt.handle, attempt.message or "the attempt is over")]
+
+
+def _overdue(run: RunSnapshot, attempt: AttemptSnapshot, settings: ServerSettings) -> EndAttempt | None:
+    def end(failure: FailureKind | None, message: str) -> EndAttempt:
+        return EndAttempt(run.run_id, attempt.epoch, failure, message)
+
+    if attempt.state is AttemptState.LAUNCHING:
+        if attempt.state_s >= settings.claim_timeout_s:
+            message = f"the worker did not report within {settings.claim_timeout_s:g} s"
+            return end(FailureKind.INFRASTRUCTURE, message)
+        return None
+    if attempt.silent_s >= settings.lease_s:
+        return end(FailureKind.INFRASTRUCTURE, f"no sign of the worker for {settings.lease_s:g} s")
+    if attempt.stop_reason == "cancel" and attempt.stop_s >= settings.cancel_grace_s:
+        return end(None, f"the worker did not stop within {settings.cancel_grace_s:g} s of the cancel")
+    if attempt.stop_reason == "wall_clock" and attempt.stop_s >= settings.flush_grace_s:
+        return end(FailureKind.WALL_CLOCK, f"the worker did not stop within {settings.flush_grace_s:g} s of its limit")
+    limit = settings.stall_limit(attempt.phase)
+    if attempt.stuck_s >= limit:
+        phase = (attempt.phase or Phase.STARTING).value
+        return end(FailureKind.STALL, f"no progress for {limit:g} s while {phase}")
+    return None
+
+
+def _stop_reason(run: RunSnapshot) -> str | None:
+    if run.desired == "cancel":
+        return "cancel"
+    if run.wall_clock_limit_s is not None and run.active_s >= run.wall_clock_limit_s:
+        return "wall_clock"
+    return None
+
+
+def _judge(run: RunSnapshot, settings: ServerSettings) -> Action | None:
+    """Where the run goes from here: to its end, to another attempt, or nowhere yet."""
+    if run.state.terminal:
+        return None
+    last = run.attempts[-1] if run.attempts else None
+    if last is not None and last.outcome == "done":
+        return Settle(run.run_id, RunState.DONE, "the final adapter is complete and verified")
+    if any(attempt.live for attempt in run.attempts):
+        return None
+    if run.desired == "cancel":
+        return Settle(run.run_id, RunState.CANCELLED, "cancelled")
+    if run.state is RunState.QUEUED:
+        return None
+    if last is None:
+        return Requeue(run.run_id, "it had no attempt", 0.0, run.fruitless, run.micro_batch_divisor)
+    return _after_failure(run, last, settings)
+
+
+def _after_failure(run: RunSnapshot, last: AttemptSnapshot, settings: ServerSettings) -> Action:
+    failure = last.failure or FailureKind.INFRASTRUCTURE
+    words = last.message or FAILURE_WORDS[failure]
+    if failure is FailureKind.OUT_OF_MEMORY and run.micro_batch_divisor == 1:
+        reason = f"{words}; trying once more with a smaller micro-batch"
+        return Requeue(run.run_id, reason, settings.backoff_first_s, run.fruitless, 2)
+    if failure not in RETRIED:
+        return Settle(run.run_id, RunState.FAILED, words, _error(failure, words, last.error))
+    fruitless = 0 if last.brought_checkpoint else run.fruitless + 1
+    if fruitless >= settings.fruitless_limit:
+        message = f"{fruitless} attempts in a row brought no new checkpoint; the last: {words}"
+        return Settle(run.run_id, RunState.FAILED, message, _error(failure, message, last.error))
+    delay = min(settings.backoff_first_s * 2 ** max(0, fruitless - 1), settings.backoff_max_s)
+    return Requeue(run.run_id, words, delay, fruitless, run.micro_batch_divisor)
+
+
+def _error(failure: FailureKind, message: str, reported: dict[str, object] | None) -> dict[str, object]:
+    """The run's error: the worker's own account where it gave one."""
+    own: dict[str, object] = {"code": failure.value, "message": message, "remedy": None, "detail": None}
+    if not reported:
+        return own
+    told = {key: value for key, value in reported.items() if key in own and value is not None}
+    if failure in RETRIED:  # the count of attempts says more than the last one's words
+        told.pop("message", None)
+    return {**own, **told}
+
+
+def _place(snapshot: Snapshot, judged: set[str], now: float, settings: ServerSettings) -> list[Action]:
+    """Gives free devices to queued runs, oldest first; one in back-off holds no one up."""
+    taken = {attempt.device for run in snapshot.runs for attempt in run.attempts if attempt.live}
+    free = [device for device in snapshot.devices if device not in taken]
+    actions: list[Action] = []
+    for run in snapshot.runs:
+        if not free:
+            break
+        waiting = run.state is RunState.QUEUED and run.desired == "run" and run.run_id not in judged
+        if waiting and not any(attempt.live for attempt in run.attempts):
+            if backoff_left(run.retry_at, now, settings) > 0:
+                continue
+            epoch = run.attempts[-1].epoch + 1 if run.attempts else 1
+            actions.append(StartAttempt(run.run_id, epoch, free.pop(0)))
+    return actions
+
+
+# --- acting -------------------------------------------------------------------------------------------
+
+
+class Reconciler:
+    """Looks and acts, on `tick` or from its own thread; woken by routes, else at intervals."""
+
+    def __init__(self, plane: Services) -> None:
+        self._plane = plane
+        self._thread: threading.Thread | None = None
+        self._stopped = threading.Event()
+        self._cleaner = Cleaner(plane)
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._loop, name="reconciler", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._plane.wake.set()
+        if self._thread is not None:
+            self._thread.join(timeout=10)
+
+    def _loop(self) -> None:
+        while not self._stopped.is_set():
+            self._plane.wake.wait(self._plane.settings.reconcile_interval_s)
+            self._plane.wake.clear()
+            if self._stopped.is_set():
+                return
+            try:
+                # Actions make new facts (an attempt just created, a worker just dead): look again at once.
+                for _ in range(8):
+                    if not self.tick():
+                        break
+                self._cleaner.clean()
+            except Exception:
+                log.exception("reconciling failed; trying again")
+
+    def tick(self) -> list[Action]:
+        """One look and what came of it. Kills alone are no change: they take effect when a probe says so."""
+        actions = decide(self.look(), self._plane.clock(), self._plane.settings)
+        changed = []
+        for action in actions:
+            try:
+                if self.apply(action):
+                    changed.append(action)
+            except FlashError as error:
+                log.warning("%s: %s", action, error)
+            except Exception:  # one run's trouble must not keep the others waiting
+                log.exception("%s failed", action)
+        return changed
+
+    def look(self) -> Snapshot:
+        plane = self._plane
+        listed, devices = self._ask_launcher()
+        with plane.database.read() as connection:
+            open_runs = runs.open_runs(connection)
+            attempts = runs.attempts_of(connection, [run.id for run in open_runs])
+            brought = {
+                run.id: {found.epoch for found in runs.checkpoints_of(connection, run.id)} for run in open_runs
+            }
+        seen = []
+        expected: set[str] = set()
+        for run in open_runs:
+            views = tuple(
+                self._see(attempt, listed or {}, attempt.epoch in brought[run.id]) for attempt in attempts[run.id]
+            )
+            expected |= {attempt.id for attempt in attempts[run.id] if attempt.state is not AttemptState.ENDED}
+            seen.append(
+                RunSnapshot(
+                    run_id=run.id,
+                    state=run.state,
+                    desired=run.desired,
+                    attempts=views,
+                    retry_at=run.retry_at,
+                    fruitless=run.fruitless,
+                    micro_batch_divisor=run.micro_batch_divisor,
+                    active_s=run.active_s,
+                    wall_clock_limit_s=run.wall_clock_limit_s,
+                )
+            )
+        orphans = tuple(
+            Orphan(attempt_id, handle, plane.stopwatches.elapsed(attempt_id, "orphan"))
+            for attempt_id, handle in (listed or {}).items()
+            if attempt_id not in expected
+        )
+        plane.stopwatches.keep_only({*expected, *(orphan.attempt_id for orphan in orphans)})
+        return Snapshot(tuple(seen), devices, orphans, listed=listed is not None)
+
+    def _ask_launcher(self) -> tuple[dict[str, str] | None, tuple[str, ...]]:
+        """What lives by attempt id (None: it can't be told), and the devices; trouble there must not stop a look."""
+        try:
+            return self._plane.launcher.list(), tuple(self._plane.launcher.devices())
+        except Exception as error:
+            log.warning("the launcher can't be asked: %s", error)
+            return None, ()
+
+    def _probe(self, handle: str) -> Probe:
+        try:
+            return self._plane.launcher.probe(handle)
+        except Exception as error:
+            log.warning("%s can't be probed: %s", handle, error)
+            return Probe.UNKNOWN
+
+    def _see(self, attempt: runs.AttemptRow, listed: dict[str, str], brought: bool) -> AttemptSnapshot:
+        watch = self._plane.stopwatches
+        live = attempt.state is not AttemptState.ENDED
+        probe = self._probe(attempt.handle) if live and attempt.handle else None
+        running = attempt.state is AttemptState.RUNNING
+        return AttemptSnapshot(
+            epoch=attempt.epoch,
+            state=attempt.state,
+            device=attempt.device,
+            handle=attempt.handle,
+            probe=probe,
+            found=listed.get(attempt.id),
+            phase=attempt.phase,
+            silent_s=watch.elapsed(attempt.id, "beat") if running else 0.0,
+            stuck_s=watch.elapsed(attempt.id, "progress") if running else 0.0,
+            state_s=watch.elapsed(attempt.id, "state", attempt.state) if live else 0.0,
+            stop_reason=attempt.stop_reason,
+            stop_s=watch.elapsed(attempt.id, "stop") if live and attempt.stop_reason else 0.0,
+            outcome=attempt.outcome,
+            failure=attempt.failure,
+            message=attempt.message,
+            error=attempt.error,
+            brought_checkpoint=brought,
+        )
+
+    def apply(self, action: Action) -> bool:
+        """Carries out one action; False if nothing changed."""
+        if isinstance(action, StartAttempt):
+            return self._start_attempt(action)
+        if isinstance(action, Launch):
+            return self._launch(action)
+        if isinstance(action, Kill):
+            log.info("killing %s: %s", action.handle, action.why)
+            self._plane.launcher.kill(action.handle)
+            return False
+        now = self._plane.clock()
+        if isinstance(action, ConfirmDead):
+            salvage(self._plane, action.run_id, action.epoch)
+            failpoint("server.salvaged")
+        with self._plane.database.write() as connection:
+            if isinstance(action, Adopt):
+                runs.record_handle(connection, action.run_id, action.epoch, action.handle)
+                return True
+            if isinstance(action, AskToStop):
+                running = [AttemptState.RUNNING]
+                return runs.change_attempt(
+                    connection, action.run_id, action.epoch, source=running, now=now, stop_reason=action.reason
+                )
+            if isinstance(action, EndAttempt):
+                return runs.change_attempt(
+                    connection,
+                    action.run_id,
+                    action.epoch,
+                    source=[AttemptState.LAUNCHING, AttemptState.RUNNING],
+                    target=AttemptState.ENDING,
+                    now=now,
+                    failure=action.failure.value if action.failure else None,
+                    message=action.message,
+                )
+            if isinstance(action, ConfirmDead):
+                return self._confirm_dead(connection, action, now)
+            if isinstance(action, Requeue):
+                return runs.transition(
+                    connection,
+                    action.run_id,
+                    source=[RunState.PROVISIONING, RunState.RUNNING],
+                    target=RunState.QUEUED,
+                    reason=action.reason,
+                    now=now,
+                    retry_at=now + action.delay_s,
+                    fruitless=action.fruitless,
+                    micro_batch_divisor=action.micro_batch_divisor,
+                )
+            return runs.transition(
+                connection,
+                action.run_id,
+                source=[RunState.QUEUED, RunState.PROVISIONING, RunState.RUNNING],
+                target=action.state,
+                reason=action.reason,
+                now=now,
+                error=action.error,
+            )
+
+    def _confirm_dead(self, connection: Connection, action: ConfirmDead, now: float) -> bool:
+        values: dict[str, Any] = {}
+        if action.failure is not None:
+            values = {"failure": action.failure.value, "message": action.message}
+        live = [AttemptState.LAUNCHING, AttemptState.RUNNING, AttemptState.ENDING]
+        if action.failure is not None:
+            live.remove(AttemptState.ENDING)  # it had its last word since: that one counts
+        return runs.change_attempt(
+            connection,
+            action.run_id,
+            action.epoch,
+            source=live,
+            target=AttemptState.ENDED,
+            now=now,
+            **values,
+        )
+
+    def _start_attempt(self, action: StartAttempt) -> bool:
+        work_dir = self._plane.settings.home / "work" / action.run_id / str(action.epoch)
+        with self._plane.database.write() as connection:
+            created = runs.insert_attempt(
+                connection,
+                action.run_id,
+                action.epoch,
+                device=action.device,
+                work_dir=str(work_dir),
+                now=self._plane.clock(),
+            )
+        failpoint("server.attempt")
+        return created and self._launch(Launch(action.run_id, action.epoch, action.device))
+
+    def _launch(self, action: Launch) -> bool:
+        """Gives the attempt a fresh token and starts its worker; a launch that fails ends the attempt."""
+        plane = self._plane
+        token = identity.new_token(identity.ATTEMPT_PREFIX)
+        sha256 = identity.fingerprint(token)
+        with plane.database.write() as connection:
+            if not runs.issue_token(connection, action.run_id, action.epoch, token_sha256=sha256):
+                return False
+            attempt = runs.get_attempt(connection, action.run_id, action.epoch)
+        request = LaunchRequest(
+            attempt_id=attempt.id,
+            api_url=plane.api_url,
+            token=token,
+            work_dir=attempt.work_dir,
+            device=attempt.device,
+        )
+        try:
+            handle = plane.launcher.launch(request)
+            failpoint("server.launched")
+        except (FlashError, OSError) as error:
+            failure = FailureKind.INFRASTRUCTURE
+            return self.apply(ConfirmDead(action.run_id, action.epoch, failure, f"launching failed: {error}"))
+        with plane.database.write() as connection:
+            runs.record_handle(connection, action.run_id, action.epoch, handle)
+        return True

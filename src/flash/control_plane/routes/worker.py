@@ -1,0 +1,188 @@
+"""The worker API: claim, heartbeat, events, checkpoints, finish, the environment's archive.
+
+Every write is fenced: it names its attempt and epoch, and one that is over gets 409.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Response
+from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy import Connection
+
+from flash.artifacts.manifests import environment_key
+from flash.control_plane import checkpoints
+from flash.control_plane.auth import Plane, Worker, WorkerIdentity, require_live
+from flash.control_plane.services import Services
+from flash.errors import Conflict
+from flash.failpoints import failpoint
+from flash.records import (
+    AttemptState,
+    CheckpointReport,
+    Claim,
+    EventAck,
+    EventBatch,
+    FailureKind,
+    Finish,
+    Heartbeat,
+    HeartbeatAnswer,
+)
+from flash.storage import environments, runs
+
+router = APIRouter(prefix="/worker/attempts/{attempt_id}", tags=["worker"])
+
+RUNNING = (AttemptState.RUNNING,)
+
+
+class ClaimRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    pid: Annotated[int, Field(ge=1, lt=2**31)]
+    device: Annotated[str | None, Field(max_length=64)] = None  # as the worker calls it; for its log alone
+
+
+def _live(connection: Connection, worker: WorkerIdentity, epoch: int) -> runs.AttemptRow:
+    attempt = runs.get_attempt(connection, worker.run_id, worker.epoch)
+    require_live(attempt, epoch, states=RUNNING)
+    return attempt
+
+
+@router.post("/claim")
+def claim(body: ClaimRequest, worker: Worker, plane: Plane) -> Claim:
+    with plane.database.write() as connection:
+        attempt = runs.get_attempt(connection, worker.run_id, worker.epoch)
+        require_live(attempt, worker.epoch, states=(AttemptState.LAUNCHING, AttemptState.RUNNING))
+        if not runs.claim(connection, attempt, pid=body.pid, now=plane.clock()):
+            raise Conflict(f"attempt {attempt.id} is taken or over", remedy="this worker must exit")
+        _restart(plane, attempt.id)
+    failpoint("server.claimed")
+    resume = checkpoints.find_resume(plane, worker.run_id)
+    with plane.database.read() as connection:
+        run = runs.get_run(connection, worker.run_id)
+        version = environments.pinned(
+            connection,
+            namespace=run.environment_namespace,
+            name=run.environment_name,
+            sha256=run.environment_sha256,
+        )
+        secrets = plane.vault.open_all(connection, run.id)
+        init = checkpoints.find_init(connection, run)
+    _restart(plane, attempt.id)
+    plane.wake.set()
+    return Claim(
+        run_id=run.id,
+        epoch=attempt.epoch,
+        spec=run.spec,
+        secrets=secrets,
+        environment=version,
+        store_url=plane.store.url,
+        work_dir=attempt.work_dir,
+        resume_from=resume,
+        init_from=init,
+        heartbeat_s=plane.settings.heartbeat_s,
+        lease_s=plane.settings.lease_s,
+        micro_batch_divisor=run.micro_batch_divisor,
+    )
+
+
+def _restart(plane: Services, attempt_id: str) -> None:
+    plane.stopwatches.restart(attempt_id, "beat")
+    plane.stopwatches.restart(attempt_id, "progress")
+
+
+@router.post("/heartbeat")
+def heartbeat(body: Heartbeat, worker: Worker, plane: Plane) -> HeartbeatAnswer:
+    with plane.database.write() as connection:
+        attempt = _live(connection, worker, body.epoch)
+        silent_s = plane.stopwatches.restart(attempt.id, "beat")
+        if body.progress != attempt.progress or body.phase != attempt.phase or body.step != attempt.step:
+            plane.stopwatches.restart(attempt.id, "progress")
+        active_s = min(silent_s, plane.settings.lease_s)
+        runs.record_heartbeat(connection, attempt, body, active_s=active_s, now=plane.clock())
+        run = runs.get_run(connection, attempt.run_id)
+    stop = attempt.stop_reason is not None or run.desired == "cancel"
+    return HeartbeatAnswer(desired="cancel" if stop else "run", lease_s=plane.settings.lease_s)
+
+
+@router.post("/events")
+def events(body: EventBatch, worker: Worker, plane: Plane) -> EventAck:
+    with plane.database.write() as connection:
+        attempt = _live(connection, worker, body.epoch)
+        watermark = runs.record_events(connection, attempt, body.events, now=plane.clock())
+    failpoint("server.events")
+    return EventAck(acknowledged=watermark)
+
+
+@router.post("/checkpoints", status_code=204)
+def report_checkpoint(body: CheckpointReport, worker: Worker, plane: Plane) -> None:
+    with plane.database.read() as connection:
+        _live(connection, worker, body.epoch)
+    manifest = checkpoints.checked_manifest(plane, worker.run_id, body)
+    with plane.database.write() as connection:
+        attempt = _live(connection, worker, body.epoch)
+        runs.record_checkpoint(
+            connection,
+            manifest,
+            epoch=attempt.epoch,
+            manifest_sha256=body.manifest_sha256,
+            now=plane.clock(),
+        )
+    failpoint("server.checkpoint")
+    plane.stopwatches.restart(worker.attempt_id, "progress")
+    checkpoints.thin_out(plane, worker.run_id)
+
+
+@router.post("/finish", status_code=204)
+def finish(body: Finish, worker: Worker, plane: Plane) -> None:
+    refused = None
+    with plane.database.write() as connection:
+        attempt = runs.get_attempt(connection, worker.run_id, worker.epoch)
+        if attempt.outcome == body.outcome and body.epoch == attempt.epoch:
+            return  # said before; the answer was lost
+        require_live(attempt, body.epoch, states=RUNNING)
+        values = _last_word(body, attempt)
+        if body.outcome == "done" and not _has_final(connection, worker.run_id):
+            refused = f"{worker.run_id} has no verified final checkpoint: it can't be done"
+            values = {"outcome": "failed", "failure": FailureKind.INTERNAL.value, "message": refused}
+        runs.change_attempt(
+            connection,
+            worker.run_id,
+            worker.epoch,
+            source=RUNNING,
+            target=AttemptState.ENDING,
+            now=plane.clock(),
+            **values,
+        )
+    failpoint("server.finish")
+    plane.wake.set()
+    if refused:
+        raise Conflict(refused)
+
+
+def _last_word(body: Finish, attempt: runs.AttemptRow) -> dict[str, Any]:
+    """What is recorded of the worker's own account of its end."""
+    message = str((body.error or {}).get("message") or "")[:2000] or None
+    if body.outcome == "done":
+        return {"outcome": "done"}
+    if body.outcome == "failed":
+        failure = body.failure or FailureKind.INTERNAL
+        return {"outcome": "failed", "failure": failure.value, "message": message, "error": body.error}
+    if attempt.stop_reason == "wall_clock":
+        said = "the run reached its time limit; its newest checkpoint is kept"
+        return {"outcome": "cancelled", "failure": FailureKind.WALL_CLOCK.value, "message": said}
+    # It stopped though no one asked here: its machine did (a preemption). A cancel is judged by the wish.
+    failure = body.failure or FailureKind.PREEMPTED
+    return {"outcome": "cancelled", "failure": failure.value, "message": message}
+
+
+def _has_final(connection: Connection, run_id: str) -> bool:
+    return any(found.final for found in runs.checkpoints_of(connection, run_id))
+
+
+@router.get("/environment", response_class=Response)
+def environment(worker: Worker, plane: Plane) -> Response:
+    with plane.database.read() as connection:
+        _live(connection, worker, worker.epoch)
+        run = runs.get_run(connection, worker.run_id)
+    return Response(plane.store.get_bytes(environment_key(run.environment_sha256)), media_type="application/gzip")

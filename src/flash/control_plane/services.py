@@ -1,0 +1,57 @@
+"""What the routes and the reconciler share: settings, database, store, vault, launcher, clocks."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from flash.artifacts.store import Store
+from flash.control_plane.followers import Followers
+from flash.control_plane.settings import ServerSettings
+from flash.control_plane.stopwatches import Stopwatches
+from flash.launching.launcher import Launcher
+from flash.launching.local import LocalLauncher
+from flash.storage.database import Database
+from flash.storage.vault import Vault
+
+
+@dataclass
+class Services:
+    settings: ServerSettings
+    database: Database
+    store: Store
+    vault: Vault
+    launcher: Launcher
+    stopwatches: Stopwatches = field(default_factory=Stopwatches)
+    followers: Followers = field(default_factory=Followers)
+    wake: threading.Event = field(default_factory=threading.Event)  # asks the reconciler to look now
+    stopping: threading.Event = field(default_factory=threading.Event)  # someone asked the server to stop
+    fetches: threading.BoundedSemaphore = field(default_factory=lambda: threading.BoundedSemaphore(4))  # from GitHub
+    clock: Callable[[], float] = time.time  # the wall clock, for what people and records see; it may jump
+    api_url: str = ""  # as workers reach this server; known once it listens
+
+    def close(self) -> None:
+        self.followers.close()
+        self.database.close()
+
+
+def open_services(
+    settings: ServerSettings, *, launcher: Launcher | None = None, stopwatches: Stopwatches | None = None
+) -> Services:
+    """Opens (and at first makes) everything under the settings' home."""
+    settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    database = Database(settings.database)
+    services = Services(
+        settings=settings,
+        database=database,
+        store=Store(settings.store),
+        vault=Vault.open(settings.home / "vault.key"),
+        launcher=launcher or LocalLauncher(settings.home / "work", devices=settings.devices),
+        stopwatches=stopwatches or Stopwatches(),
+        fetches=threading.BoundedSemaphore(settings.github_fetches),
+        api_url=f"http://{settings.host}:{settings.port}",
+    )
+    database.on_commit(services.followers.notify)
+    return services

@@ -1,0 +1,432 @@
+"""How a model advances a batch of rows by one token: prefill, step, retire. Owns the key-value cache.
+
+Two decoders with one face. `RowDecoder` reads the weights of Qwen3- and Llama-layout models itself, and lets
+rows join and leave at any step. `CacheDecoder` drives
+any causal model through its own forward and cache, with prompts padded on the left. Neither samples,
+stops or knows a request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F  # noqa: N812  (the field's usual name)
+from torch import Tensor, nn
+
+_PREFILL_TOKENS = 8192  # padded prompt tokens in one prefill forward; bounds its activations
+_GROWTH = 128  # columns by which a full cache grows
+_MOST_COPIED = 20_000_000  # parameters of a model whose adapted weights are copied for each batch
+
+
+class Decoder(Protocol):
+    joinable: bool  # may rows be admitted while others are decoding?
+
+    @property
+    def rows(self) -> int: ...
+
+    def admit(self, prompts: Sequence[Sequence[int]], repeats: Sequence[int]) -> Tensor:
+        """Prefills each prompt once and appends `repeats[i]` rows for it; logits [new rows, V] of its end."""
+
+    def step(self, tokens_B: Tensor) -> Tensor:
+        """Appends one token to each row; logits [rows, V] after it."""
+
+    def keep(self, rows_K: Tensor) -> None:
+        """Drops all rows but those given (ascending indices)."""
+
+    def clear(self) -> None: ...
+
+
+def build_decoder(model: nn.Module) -> Decoder:
+    """The fast decoder where the model's layout is known and its logits agree, else the general one."""
+    if _row_layout(model):
+        decoder = RowDecoder(model)
+        if _agrees(model, decoder):
+            return decoder
+    return CacheDecoder(model)
+
+
+def _row_layout(model: nn.Module) -> bool:
+    config: Any = model.config
+    if config.model_type not in ("qwen3", "llama"):
+        return False
+    if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()):
+        return False
+    rope = getattr(config, "rope_parameters", None) or {}
+    return rope.get("rope_type", "default") not in ("dynamic", "longrope")
+
+
+def _agrees(model: nn.Module, decoder: Decoder) -> bool:
+    """Prefill and two steps give the logits of the model's own forward on a short made-up sequence."""
+    vocab = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    tokens = [(7 * i + 3) % vocab for i in range(9)]
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            full_T_V = model(torch.tensor([tokens], device=device), use_cache=False).logits[0].float()
+            rows = [decoder.admit([tokens[:7]], [1])]
+            rows += [decoder.step(torch.tensor([token], device=device)) for token in tokens[7:]]
+            ours_3_V = torch.cat(rows).float()
+    finally:
+        decoder.clear()
+        model.train(training)
+    scale = full_T_V[6:].abs().max().clamp(min=1.0)
+    tolerance = 1e-4 if full_T_V.dtype == next(model.parameters()).dtype else 5e-2
+    return bool((full_T_V[6:] - ours_3_V).abs().max() <= tolerance * scale)
+
+
+def _chunks(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Indices of the prompts, shortest first, in chunks whose padded size stays under the prefill budget."""
+    chunks: list[list[int]] = []
+    for index in sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i)):
+        if chunks and (len(chunks[-1]) + 1) * len(prompts[index]) <= _PREFILL_TOKENS:
+            chunks[-1].append(index)
+        else:
+            chunks.append([index])
+    return chunks
+
+
+class RowDecoder:
+    """Decodes Qwen3- and Llama-layout models straight from their modules, with no per-layer framework cost.
+
+    Keys and values lie in one tensor a layer, [rows, kv heads, columns, head dim]. All rows end at the same
+    column, so a step writes one column for all; row b begins at column `starts[b]`, wherever it was admitted.
+    """
+
+    joinable = True
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model: Any = model
+        self._body: Any = model.model
+        config: Any = model.config
+        self._heads: int = config.num_attention_heads
+        self._kv_heads: int = config.num_key_value_heads
+        self._head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // self._heads
+        self._layers: list[_Layer] = []  # made anew for every batch: they may hold the adapter's weights
+        self._keys: list[Tensor] = []
+        self._values: list[Tensor] = []
+        self._starts_B = torch.zeros(0, dtype=torch.long)
+        self._column = 0  # the first free one
+        self._hidden_BK_1_T: Tensor | None = None  # -inf where a row has not begun yet, 0 elsewhere
+        self._angles: tuple[Tensor, Tensor] | None = None  # cos, sin by position
+
+    @property
+    def rows(self) -> int:
+        return int(self._starts_B.shape[0])
+
+    def clear(self) -> None:
+        self._layers, self._keys, self._values = [], [], []
+        self._starts_B = self._starts_B[:0]
+        self._column = 0
+        self._hidden_BK_1_T = None
+
+    def admit(self, prompts: Sequence[Sequence[int]], repeats: Sequence[int]) -> Tensor:
+        device = self._body.embed_tokens.weight.device
+        if not self._layers:
+            self._layers = _layers_of(self._model)
+        lengths_P = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        owner_N = torch.repeat_interleave(torch.tensor(list(repeats))).to(device)
+        first = self.rows
+        self._open_columns(int(lengths_P.max()))
+        self._starts_B = torch.cat([self._starts_B.to(device), self._column - lengths_P[owner_N]])
+        self._reserve(self.rows, self._column + 1)
+        logits: dict[int, Tensor] = {}
+        for chunk in _chunks(prompts):
+            width = len(prompts[chunk[-1]])
+            padded = [[*prompts[i], *[0] * (width - len(prompts[i]))] for i in chunk]
+            rows_of = [(owner_N == i).nonzero().squeeze(1) + first for i in chunk]
+            ended = self._prefill(torch.tensor(padded, device=device), lengths_P[chunk], rows_of)
+            logits.update(zip(chunk, ended, strict=True))
+        return torch.stack([logits[i] for i in range(len(prompts))])[owner_N]
+
+    def _prefill(self, tokens_P_T: Tensor, lengths_P: Tensor, rows_of: list[Tensor]) -> Tensor:
+        """Runs prompts padded on the right (causal attention keeps the padding out), files their keys and
+        values into their rows, and returns the logits [P, V] at their ends."""
+        P, T = tokens_P_T.shape
+        cos, sin = self._rotations(torch.arange(T, device=tokens_P_T.device), T)
+        rows_N = torch.cat(rows_of)
+        source_N = torch.repeat_interleave(torch.tensor([len(rows) for rows in rows_of])).to(rows_N.device)
+        # the prompts' tokens, moved to the right end of a window of T columns
+        place_N_T = torch.arange(T, device=rows_N.device) - (T - lengths_P[source_N])[:, None]
+        place_N_T = place_N_T.clamp_(min=0)
+        window = slice(self._column - T, self._column)
+        x = self._body.embed_tokens(tokens_P_T)
+        groups = self._heads // self._kv_heads
+        for layer, keys, values in zip(self._layers, self._keys, self._values, strict=True):
+            q, k, v = self._heads_of(layer, layer.attention_norm(x), cos, sin)  # [P, T, heads, d]
+            keys[rows_N, :, window] = k[source_N[:, None], place_N_T].transpose(1, 2)
+            values[rows_N, :, window] = v[source_N[:, None], place_N_T].transpose(1, 2)
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+            if groups > 1:
+                k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + layer.out(attended.transpose(1, 2).reshape(P, T, -1))
+            x = x + layer.mlp(layer.mlp_norm(x))
+        ended_P_H = x[torch.arange(P, device=x.device), lengths_P - 1]
+        return self._model.lm_head(self._body.norm(ended_P_H))
+
+    def step(self, tokens_B: Tensor) -> Tensor:
+        B, K, column = self.rows, self._kv_heads, self._column
+        self._reserve(B, column + 1)
+        cos, sin = self._rotations(column - self._starts_B, column + 1)
+        hidden_BK_1_T = self._hidden_columns(column + 1)
+        scale = self._head_dim**-0.5
+        x = self._body.embed_tokens(tokens_B)
+        for layer, keys, values in zip(self._layers, self._keys, self._values, strict=True):
+            q, k, v = self._heads_of(layer, layer.attention_norm(x), cos, sin)  # [B, heads, d]
+            keys[:B, :, column] = k
+            values[:B, :, column] = v
+            keys_BK_T_D = keys.view(-1, keys.shape[2], self._head_dim)[: B * K, : column + 1]
+            values_BK_T_D = values.view(-1, values.shape[2], self._head_dim)[: B * K, : column + 1]
+            grouped = q.reshape(B * K, -1, self._head_dim)  # the queries that share a kv head
+            scores = torch.baddbmm(hidden_BK_1_T, grouped, keys_BK_T_D.transpose(1, 2), alpha=scale)
+            weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(x.dtype)
+            attended = torch.bmm(weights, values_BK_T_D)
+            x = x + layer.out(attended.view(B, -1))
+            x = x + layer.mlp(layer.mlp_norm(x))
+        self._column += 1
+        return self._model.lm_head(self._body.norm(x))
+
+    def keep(self, rows_K: Tensor) -> None:
+        kept = int(rows_K.shape[0])
+        starts = self._starts_B[rows_K]
+        unused = int(starts.min()) if kept else self._column
+        for cache in (self._keys, self._values):
+            for tensor in cache:
+                # indexing copies first, so source and destination may overlap
+                tensor[:kept, :, : self._column - unused] = tensor[rows_K, :, unused : self._column]
+        self._starts_B = starts - unused
+        self._column -= unused
+        self._hidden_BK_1_T = None
+
+    def _open_columns(self, longest: int) -> None:
+        """Moves what is there to the right, if a prompt needs more columns than lie before the current one."""
+        missing = longest - self._column
+        if missing > 0:
+            rows, before = self.rows, self._column
+            self._column = longest
+            self._starts_B = self._starts_B + missing
+            self._reserve(rows, longest)
+            for cache in (self._keys, self._values) if rows else ():
+                for tensor in cache:
+                    tensor[:rows, :, missing:longest] = tensor[:rows, :, :before].clone()
+        self._hidden_BK_1_T = None
+
+    def _hidden_columns(self, columns: int) -> Tensor:
+        """What to add to the scores [rows * kv heads, 1, columns] so that no row sees what is not its own."""
+        if self._hidden_BK_1_T is None:
+            capacity = self._keys[0].shape[2]
+            before_B_T = torch.arange(capacity, device=self._starts_B.device) < self._starts_B[:, None]
+            bias_B_T = torch.zeros(before_B_T.shape, dtype=self._keys[0].dtype, device=before_B_T.device)
+            bias_B_T.masked_fill_(before_B_T, float("-inf"))
+            self._hidden_BK_1_T = bias_B_T.repeat_interleave(self._kv_heads, dim=0)[:, None]
+        return self._hidden_BK_1_T[:, :, :columns]
+
+    def _heads_of(self, layer: _Layer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [..., heads, head dim], normed where the layout says so, and rotated."""
+        qkv = layer.qkv(x).view(*x.shape[:-1], -1, self._head_dim)
+        qk, v = qkv.split([self._heads + self._kv_heads, self._kv_heads], dim=-2)
+        qk = layer.qk_norm(qk, self._heads)
+        half = self._head_dim // 2
+        turned = torch.cat((qk[..., half:], qk[..., :half]), dim=-1)
+        qk = (qk * cos).addcmul_(turned, sin)
+        return qk[..., : self._heads, :], qk[..., self._heads :, :], v
+
+    def _rotations(self, positions: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+        """cos and signed sin [positions, 1, head dim] from a table that grows with the longest row."""
+        if self._angles is None or self._angles[0].shape[0] < longest:
+            size = longest + 4 * _GROWTH
+            x = self._body.embed_tokens.weight[:1, :1]
+            cos, sin = self._body.rotary_emb(x, torch.arange(size, device=x.device)[None])
+            half = self._head_dim // 2
+            sin = torch.cat((-sin[0, :, :half], sin[0, :, half:]), dim=-1)  # the half turn's sign, once for all
+            self._angles = (cos[0, :, None, :].contiguous(), sin[:, None, :])
+        return self._angles[0][positions], self._angles[1][positions]
+
+    def _reserve(self, rows: int, columns: int) -> None:
+        """Makes room for that many rows and columns, moving what is there."""
+        have = self._keys[0].shape if self._keys else (0, 0, 0, 0)
+        if rows <= have[0] and columns <= have[2]:
+            return
+        rows = max(rows, have[0])
+        columns = max(-(-columns // _GROWTH) * _GROWTH, have[2])
+        weight = self._body.embed_tokens.weight
+        shape = (rows, self._kv_heads, columns, self._head_dim)
+        for name in ("_keys", "_values"):
+            old: list[Tensor] = getattr(self, name)
+            # zeros, not empty: a hidden column still takes part in weights @ values, as 0 times its content
+            fresh = [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in self._body.layers]
+            for new, before in zip(fresh, old, strict=False):
+                new[: have[0], :, : have[2]] = before
+            setattr(self, name, fresh)
+        self._hidden_BK_1_T = None
+
+
+class _Layer(Protocol):
+    """One transformer layer's parts, as the decoder calls them."""
+
+    def attention_norm(self, x: Tensor) -> Tensor: ...
+
+    def mlp_norm(self, x: Tensor) -> Tensor: ...
+
+    def qkv(self, x: Tensor) -> Tensor:
+        """Queries, keys and values side by side."""
+
+    def qk_norm(self, qk: Tensor, heads: int) -> Tensor:
+        """Norms queries [..., :heads, d] and keys [..., heads:, d] where the layout does."""
+
+    def out(self, x: Tensor) -> Tensor: ...
+
+    def mlp(self, x: Tensor) -> Tensor: ...
+
+
+def _layers_of(model: Any) -> list[_Layer]:
+    """The model's layers under the adapter that it wears now, until the batch ends."""
+    weights = sum(weight.numel() for weight in model.parameters())
+    if model.dtype == torch.float32 and weights <= _MOST_COPIED:
+        return [_CopiedLayer(layer) for layer in model.model.layers]
+    return [_ModuleLayer(layer) for layer in model.model.layers]
+
+
+class _ModuleLayer:
+    """The modules themselves: a LoRA layer in place of a linear takes part as in the trainer's forward."""
+
+    def __init__(self, layer: Any) -> None:
+        self._attention = layer.self_attn
+        self.attention_norm = layer.input_layernorm
+        self.mlp_norm = layer.post_attention_layernorm
+        self.out = layer.self_attn.o_proj
+        self.mlp = layer.mlp
+
+    def qkv(self, x: Tensor) -> Tensor:
+        attention = self._attention
+        return torch.cat((attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)), dim=-1)
+
+    def qk_norm(self, qk: Tensor, heads: int) -> Tensor:
+        attention = self._attention
+        if not hasattr(attention, "q_norm"):
+            return qk
+        return torch.cat((attention.q_norm(qk[..., :heads, :]), attention.k_norm(qk[..., heads:, :])), dim=-2)
+
+
+class _CopiedLayer:
+    """Small fp32 models: projections that share an input as one product, over copies of their weights with the
+    adapter's update added. The base is never written to, and in fp32 adding costs no precision."""
+
+    def __init__(self, layer: Any) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self._qkv = _stacked(attention.q_proj, attention.k_proj, attention.v_proj)
+        self._out = _stacked(attention.o_proj)
+        self._gate_up = _stacked(mlp.gate_proj, mlp.up_proj)
+        self._down = _stacked(mlp.down_proj)
+        self._activation = mlp.act_fn
+        self._norms = layer.input_layernorm, layer.post_attention_layernorm
+        self._qk_weight: Tensor | None = None
+        if hasattr(attention, "q_norm"):
+            queries = attention.q_proj.out_features // attention.head_dim
+            keys = attention.k_proj.out_features // attention.head_dim
+            self._qk_weight = torch.stack([attention.q_norm.weight] * queries + [attention.k_norm.weight] * keys)
+            self._qk_epsilon = attention.q_norm.variance_epsilon
+
+    def attention_norm(self, x: Tensor) -> Tensor:
+        return _rms_norm(x, self._norms[0])
+
+    def mlp_norm(self, x: Tensor) -> Tensor:
+        return _rms_norm(x, self._norms[1])
+
+    def qkv(self, x: Tensor) -> Tensor:
+        return F.linear(x, *self._qkv)
+
+    def qk_norm(self, qk: Tensor, heads: int) -> Tensor:
+        if self._qk_weight is None:
+            return qk
+        return F.rms_norm(qk, qk.shape[-1:], None, self._qk_epsilon) * self._qk_weight
+
+    def out(self, x: Tensor) -> Tensor:
+        return F.linear(x, *self._out)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        gate, up = F.linear(x, *self._gate_up).chunk(2, dim=-1)
+        return F.linear(self._activation(gate) * up, *self._down)
+
+
+def _rms_norm(x: Tensor, norm: Any) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
+
+
+def _stacked(*linears: Any) -> tuple[Tensor, Tensor | None]:
+    """(weight, bias) of linears that share an input, stacked along the output, the worn adapter's update added."""
+    weights = []
+    for linear in linears:
+        pair = getattr(linear, "pair", None)
+        weights.append(
+            linear.weight if pair is None else torch.addmm(linear.weight, pair.B, pair.A, alpha=pair.scaling)
+        )
+    biases = [linear.bias for linear in linears if linear.bias is not None]
+    return torch.cat(weights), torch.cat(biases) if biases else None
+
+
+class CacheDecoder:
+    """Decodes any causal model of transformers through its forward and its own cache.
+
+    Prompts are padded on the left: a hybrid's recurrent state must end at the last real token. Rows join
+    only when no other is decoding.
+    """
+
+    joinable = False
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model: Any = model
+        self._cache: Any = None
+        self._mask_B_T = torch.zeros(0, 0, dtype=torch.long)
+
+    @property
+    def rows(self) -> int:
+        return int(self._mask_B_T.shape[0])
+
+    def clear(self) -> None:
+        self._cache = None
+        self._mask_B_T = self._mask_B_T[:0]
+
+    def admit(self, prompts: Sequence[Sequence[int]], repeats: Sequence[int]) -> Tensor:
+        if self.rows:
+            raise RuntimeError("CacheDecoder.admit: rows are still decoding; keep none of them first")
+        from transformers import DynamicCache
+
+        device = next(self._model.parameters()).device
+        width = max(len(prompt) for prompt in prompts)
+        tokens_P_T = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
+        mask_P_T = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        positions_P_T = (mask_P_T.cumsum(dim=1) - 1).clamp(min=0)
+        self._cache = DynamicCache(config=self._model.config)
+        logits_P_V = self._forward(tokens_P_T, mask_P_T, positions_P_T)
+        owner_N = torch.repeat_interleave(torch.tensor(list(repeats))).to(device)
+        self._cache.reorder_cache(owner_N)
+        self._mask_B_T = mask_P_T[owner_N]
+        return logits_P_V[owner_N]
+
+    def step(self, tokens_B: Tensor) -> Tensor:
+        positions_B_1 = self._mask_B_T.sum(dim=1, keepdim=True)
+        self._mask_B_T = F.pad(self._mask_B_T, (0, 1), value=1)
+        return self._forward(tokens_B[:, None], self._mask_B_T, positions_B_1)
+
+    def keep(self, rows_K: Tensor) -> None:
+        self._mask_B_T = self._mask_B_T[rows_K]
+        if rows_K.shape[0]:
+            self._cache.reorder_cache(rows_K)
+        else:
+            self._cache = None
+
+    def _forward(self, tokens: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        output = self._model(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1]

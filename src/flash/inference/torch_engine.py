@@ -1,0 +1,269 @@
+"""The engine in this process: many requests decoded together on a transformers model, with adapters.
+
+Owns the batch: which samples decode now, what each has drawn, when it ends. A prompt is prefilled once for
+all its samples, finished rows leave the batch, log-probs are captured while sampling. It shares the model
+with whoever trains it: an adapter under training is sampled with its live weights, nothing is copied and
+nothing is merged. Knows no templates and no rewards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flash.errors import InvalidInput
+from flash.inference.decoding import Decoder, build_decoder
+from flash.inference.engine import Completion, Finished, Request, TokenDelta, Watch
+from flash.inference.loading import BaseModel
+from flash.inference.sampling import Knobs, StopMatcher, choose, stream_key, uniforms
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+_MAX_ROWS = 256  # samples decoding at once
+_MAX_CACHE_TOKENS = 1 << 18  # ... as long as their longest possible transcripts stay under this
+_RETIRE_PARTS = 8  # finished rows leave once they are an eighth of the batch: moving the cache costs too
+
+
+@dataclass
+class _Row:
+    """One sample in the making."""
+
+    request: int
+    sample: int
+    key: int
+    limit: int
+    matcher: StopMatcher | None
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+
+class TorchEngine:
+    """Serves one base model and its adapters; one call at a time."""
+
+    def __init__(
+        self,
+        base: BaseModel,
+        *,
+        max_rows: int = _MAX_ROWS,
+        max_cache_tokens: int = _MAX_CACHE_TOKENS,
+        ignore_stop_ids: bool = False,
+    ) -> None:
+        """`ignore_stop_ids` decodes past the model's own end tokens (for measurements of fixed length)."""
+        self._base = base
+        self._stop_ids = frozenset() if ignore_stop_ids else frozenset(base.stop_ids)
+        self._max_rows = max_rows
+        self._max_cache_tokens = max_cache_tokens
+        self._decoder: Decoder | None = None
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        self._base.adapters.load(name, folder)
+
+    def unload_adapter(self, name: str) -> None:
+        self._base.adapters.remove(name)
+
+    def generate(self, requests: Sequence[Request], *, watch: Watch | None = None) -> list[list[Completion]]:
+        done: dict[tuple[int, int], Completion] = {}
+        for finished in self.completions(requests, watch=watch):
+            done[finished.request, finished.sample] = finished.completion
+        return [[done[i, k] for k in range(request.n)] for i, request in enumerate(requests)]
+
+    def completions(self, requests: Sequence[Request], *, watch: Watch | None = None) -> Iterator[Finished]:
+        for row, _ in self._run(requests, watch):
+            if row.finish_reason is not None:
+                completion = Completion(tuple(row.tokens), tuple(row.logprobs), row.finish_reason)
+                yield Finished(row.request, row.sample, completion)
+
+    def stream(self, requests: Sequence[Request]) -> Iterator[TokenDelta]:
+        for row, moved in self._run(requests, None):
+            if moved:
+                yield TokenDelta(row.request, row.sample, row.tokens[-1], row.logprobs[-1], row.finish_reason)
+
+    def close(self) -> None:
+        if self._decoder is not None:
+            self._decoder.clear()
+
+    def _run(self, requests: Sequence[Request], watch: Watch | None) -> Iterator[tuple[_Row, bool]]:
+        """Every sample after each of its tokens, and whether it got one (a cancelled one may not have)."""
+        self._check(requests)
+        for adapter in dict.fromkeys(request.adapter for request in requests):
+            chosen = [i for i, request in enumerate(requests) if request.adapter == adapter]
+            batch = _Batch(requests, chosen, self._base, self._stop_ids)
+            with self._wearing(adapter) as decoder:
+                yield from self._decode(batch, decoder, watch)
+
+    def _decode(self, batch: _Batch, decoder: Decoder, watch: Watch | None) -> Iterator[tuple[_Row, bool]]:
+        logits: Tensor | None = None
+        try:
+            while True:
+                with torch.inference_mode():
+                    logits = decoder.step(batch.last_tokens) if batch.rows else None
+                    logits = self._admit(batch, decoder, logits)
+                    if logits is None:
+                        return
+                    moved = batch.draw(logits)
+                # no consumer runs inside inference mode: what it computes may need gradients
+                cancelled = watch is not None and watch()
+                for row in moved:
+                    if cancelled and row.finish_reason is None:
+                        row.finish_reason = "cancelled"
+                    yield row, True
+                if cancelled:
+                    for row in batch.waiting_rows():
+                        row.finish_reason = "cancelled"
+                        yield row, False
+                    return
+                with torch.inference_mode():
+                    batch.retire(decoder)
+        finally:
+            decoder.clear()
+
+    def _admit(self, batch: _Batch, decoder: Decoder, logits: Tensor | None) -> Tensor | None:
+        """Lets waiting requests join, in order, as far as rows and cache allow; all rows' logits."""
+        if batch.rows and (not decoder.joinable or not batch.waiting):
+            return logits
+        prompts, repeats = batch.admit(self._max_rows, self._max_cache_tokens)
+        if not prompts:
+            return logits if batch.rows else None
+        joined = decoder.admit(prompts, repeats)
+        return joined if logits is None else torch.cat([logits, joined])
+
+    @contextmanager
+    def _wearing(self, adapter: str | None) -> Iterator[Decoder]:
+        """The decoder, while the model wears the adapter and is in eval mode; restored afterwards."""
+        model = self._base.model
+        if self._decoder is None:
+            self._decoder = build_decoder(model)
+        training = model.training
+        model.eval()
+        try:
+            with self._base.adapters.active(adapter):
+                yield self._decoder
+        finally:
+            if training:
+                model.train()
+
+    def _check(self, requests: Sequence[Request]) -> None:
+        context = self._base.context_length
+        for number, request in enumerate(requests):
+            size, most = len(request.prompt), request.sampling.max_tokens
+            if not size:
+                raise InvalidInput(f"request {number}: the prompt has no tokens")
+            if most < 1 or request.n < 1:
+                raise InvalidInput(f"request {number}: max_tokens = {most}, n = {request.n}: must be at least 1")
+            if size + most > context:
+                raise InvalidInput(
+                    f"a prompt of {size} tokens and max_tokens = {most} exceed the {context} tokens that "
+                    f"{self._base.name} can attend to",
+                    remedy=f"shorten the prompt, or lower max_tokens to {max(context - size, 0)}",
+                )
+            if request.adapter is not None:
+                self._base.adapters[request.adapter]  # raises ModelError when it is not loaded
+
+
+class _Batch:
+    """The requests of one adapter: those waiting, and the rows that decode now, in the decoder's order."""
+
+    def __init__(
+        self, requests: Sequence[Request], chosen: list[int], base: BaseModel, stop_ids: frozenset[int]
+    ) -> None:
+        self._requests = requests
+        self._stop_ids = stop_ids
+        self._tokenizer = base.tokenizer
+        self._device = base.device
+        self._matchers: dict[tuple[str, ...], StopMatcher] = {}
+        self.waiting = [(i, k) for i in chosen for k in range(requests[i].n)]
+        self.rows: list[_Row] = []
+        self.last_tokens = torch.zeros(0, dtype=torch.long)
+        self._knobs: Knobs | None = None  # None: the rows changed
+
+    def waiting_rows(self) -> Iterator[_Row]:
+        for request, sample in self.waiting:
+            yield self._row(request, sample)
+
+    def admit(self, max_rows: int, max_cache_tokens: int) -> tuple[list[tuple[int, ...]], list[int]]:
+        """Takes the next samples in order while they fit; always one if nothing decodes."""
+        prompts: list[tuple[int, ...]] = []
+        repeats: list[int] = []
+        taken: list[int] = []
+        longest = max((self._reach(row.request) for row in self.rows), default=0)
+        while self.waiting:
+            request, sample = self.waiting[0]
+            longest = max(longest, self._reach(request))
+            size = len(self.rows) + 1
+            if self.rows and (size > max_rows or size * longest > max_cache_tokens):
+                break
+            if taken and taken[-1] == request:
+                repeats[-1] += 1
+            else:
+                prompts.append(self._requests[request].prompt)
+                repeats.append(1)
+                taken.append(request)
+            self.rows.append(self._row(request, sample))
+            self.waiting.pop(0)
+            self._knobs = None
+        return prompts, repeats
+
+    def draw(self, logits_B_V: Tensor) -> list[_Row]:
+        """Draws each row's next token, marks the rows that it ends, and returns those that got one."""
+        if self._knobs is None:
+            self._gather()
+        knobs = self._knobs
+        assert knobs is not None
+        u_B_1 = None
+        if knobs.drawn:
+            u_B_1 = torch.from_numpy(uniforms(self._keys, self._drawn)).to(self._device)[:, None]
+            self._drawn += np.uint64(1)
+        self.last_tokens, logprobs_B = choose(logits_B_V, knobs, u_B_1)
+        moved: list[_Row] = []
+        for row, token, logprob in zip(self.rows, self.last_tokens.tolist(), logprobs_B.tolist(), strict=True):
+            if row.finish_reason is not None:
+                continue
+            moved.append(row)
+            row.tokens.append(token)
+            row.logprobs.append(logprob)
+            if token in self._stop_ids or (row.matcher is not None and row.matcher.completed(row.tokens)):
+                row.finish_reason = "stop"
+            elif len(row.tokens) >= row.limit:
+                row.finish_reason = "length"
+        return moved
+
+    def retire(self, decoder: Decoder) -> None:
+        """Takes the finished rows out, once they are enough to pay for moving the others' cache."""
+        kept = [i for i, row in enumerate(self.rows) if row.finish_reason is None]
+        finished = len(self.rows) - len(kept)
+        if not finished or (kept and not self.waiting and finished * _RETIRE_PARTS < len(self.rows)):
+            return
+        rows_K = torch.tensor(kept, dtype=torch.long, device=self._device)
+        decoder.keep(rows_K)
+        self.rows = [self.rows[i] for i in kept]
+        self.last_tokens = self.last_tokens[rows_K]
+        self._knobs = None
+
+    def _gather(self) -> None:
+        """What sampling needs of the rows, until they change."""
+        self._knobs = Knobs.of([self._requests[row.request].sampling for row in self.rows], self._device)
+        self._keys = np.array([row.key for row in self.rows], dtype=np.uint64)
+        self._drawn = np.array([len(row.tokens) for row in self.rows], dtype=np.uint64)
+
+    def _row(self, request: int, sample: int) -> _Row:
+        sampling = self._requests[request].sampling
+        matcher = None
+        if sampling.stop:
+            matcher = self._matchers.get(sampling.stop)
+            if matcher is None:
+                matcher = self._matchers[sampling.stop] = StopMatcher(sampling.stop, self._text)
+        return _Row(request, sample, stream_key(sampling.seed, sample), sampling.max_tokens, matcher)
+
+    def _reach(self, request: int) -> int:
+        return len(self._requests[request].prompt) + self._requests[request].sampling.max_tokens
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False))

@@ -1,0 +1,200 @@
+"""The tables: what the database keeps, in SQLAlchemy Core, the same on SQLite and Postgres.
+
+Owns columns, keys and the JSON column type. Knows no queries and no rules; `migrations/` builds these tables,
+and a test compares the two.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    Dialect,
+    Double,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+)
+from sqlalchemy.types import TypeDecorator
+
+
+def _storable(value: Any) -> Any:
+    """JSON that any database takes: no NaN or infinity (null instead), no lone surrogates."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode("utf-8")
+    if isinstance(value, dict):
+        return {_storable(str(key)): _storable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_storable(item) for item in value]
+    return value
+
+
+class Json(TypeDecorator[Any]):
+    """JSON as text: NUL characters stay escaped, so Postgres takes what SQLite takes."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> str | None:
+        return None if value is None else json.dumps(_storable(value), separators=(",", ":"))
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> Any:
+        return None if value is None else json.loads(value)
+
+
+metadata = MetaData()
+
+orgs = Table(
+    "orgs",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("created_at", Double, nullable=False),
+)
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("sha256", String(64), primary_key=True),
+    Column("org_id", ForeignKey("orgs.id"), nullable=False),
+    Column("name", String(200), nullable=False),
+    Column("role", String(32), nullable=False),
+    Column("created_at", Double, nullable=False),
+    Column("revoked_at", Double),
+)
+
+environment_versions = Table(
+    "environment_versions",
+    metadata,
+    Column("namespace", String(200), primary_key=True),
+    Column("name", String(200), primary_key=True),
+    Column("sha256", String(64), primary_key=True),
+    Column("org_id", ForeignKey("orgs.id"), nullable=False),
+    Column("size", BigInteger, nullable=False),
+    Column("files", Json, nullable=False),
+    Column("created_at", Double, nullable=False),
+    Column("push", BigInteger, nullable=False),  # rises with each push of the name; the highest is current
+    Column("deleted_at", Double),
+)
+
+runs = Table(
+    "runs",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("org_id", ForeignKey("orgs.id"), nullable=False),
+    Column("created_at", Double, nullable=False),
+    Column("updated_at", Double, nullable=False),
+    Column("finished_at", Double),
+    # intent
+    Column("config", Json, nullable=False),
+    Column("spec", Json, nullable=False),
+    Column("seed", BigInteger, nullable=False),
+    Column("environment_namespace", String(200), nullable=False),
+    Column("environment_name", String(200), nullable=False),
+    Column("environment_sha256", String(64), nullable=False),
+    Column("init_run_id", String(64)),
+    Column("init_step", BigInteger),
+    Column("retry_of", String(64)),  # the run from whose exact state this one began
+    Column("wall_clock_limit_s", Double),
+    Column("estimate", Json),  # catalog.cost.CostEstimate.document() at submit; none where nothing can be estimated
+    Column("desired", String(16), nullable=False),  # the user's wish: run | cancel
+    # observation
+    Column("state", String(16), nullable=False),
+    Column("phase", String(32)),
+    Column("step", BigInteger, nullable=False),
+    Column("total_steps", BigInteger),
+    Column("metrics", Json, nullable=False),
+    Column("eval", Json),
+    Column("warnings", Json, nullable=False),
+    Column("error", Json),
+    Column("last_seq", BigInteger, nullable=False),
+    Column("active_s", Double, nullable=False),  # seconds under a worker's lease, summed over attempts
+    Column("retry_at", Double),  # not to be started before this time
+    Column("fruitless", Integer, nullable=False),  # attempts in a row that brought no new checkpoint
+    Column("micro_batch_divisor", Integer, nullable=False),
+    Column("cleaned_at", Double),  # when leftovers of the ended run were removed
+    Index("runs_by_org", "org_id", "created_at"),
+    Index("runs_by_state", "state"),
+)
+
+attempts = Table(
+    "attempts",
+    metadata,
+    Column("run_id", ForeignKey("runs.id"), primary_key=True),
+    Column("epoch", Integer, primary_key=True),
+    Column("state", String(16), nullable=False),
+    Column("token_sha256", String(64), nullable=False),
+    Column("device", String(64), nullable=False),
+    Column("work_dir", Text, nullable=False),
+    Column("handle", Text),
+    Column("pid", BigInteger),
+    Column("created_at", Double, nullable=False),
+    Column("claimed_at", Double),
+    Column("heartbeat_at", Double),
+    Column("ended_at", Double),
+    Column("phase", String(32)),
+    Column("step", BigInteger, nullable=False),
+    Column("progress", BigInteger, nullable=False),
+    Column("acknowledged", BigInteger, nullable=False),  # every worker event with n <= this is stored
+    Column("stop_reason", String(16)),  # asked to stop: cancel | wall_clock
+    Column("outcome", String(16)),  # what the worker said: done | failed | cancelled
+    Column("failure", String(32)),
+    Column("message", Text),
+    Column("error", Json),
+    Index("attempts_by_state", "state"),
+)
+
+events = Table(
+    "events",
+    metadata,
+    Column("run_id", ForeignKey("runs.id"), primary_key=True),
+    Column("seq", BigInteger, primary_key=True),
+    Column("time", Double, nullable=False),
+    Column("kind", String(16), nullable=False),
+    Column("epoch", Integer),
+    Column("n", BigInteger),  # the worker's own count within its attempt
+    Column("data", Json, nullable=False),
+    Index("events_by_worker_count", "run_id", "epoch", "n", unique=True),
+)
+
+checkpoints = Table(
+    "checkpoints",
+    metadata,
+    Column("run_id", ForeignKey("runs.id"), primary_key=True),
+    Column("step", BigInteger, primary_key=True),
+    Column("final", Boolean, nullable=False),
+    Column("epoch", Integer, nullable=False),
+    Column("created_at", Double, nullable=False),
+    Column("manifest_sha256", String(64), nullable=False),
+    Column("manifest", Json, nullable=False),
+    Column("has_state", Boolean, nullable=False),
+)
+
+submissions = Table(
+    "submissions",
+    metadata,
+    Column("org_id", ForeignKey("orgs.id"), primary_key=True),
+    Column("key", String(200), primary_key=True),
+    Column("body_mac", String(64), nullable=False),
+    Column("run_id", ForeignKey("runs.id"), nullable=False),
+    Column("created_at", Double, nullable=False),
+)
+
+secrets = Table(
+    "secrets",
+    metadata,
+    Column("run_id", ForeignKey("runs.id"), primary_key=True),
+    Column("name", String(200), primary_key=True),
+    Column("sealed", LargeBinary, nullable=False),
+)

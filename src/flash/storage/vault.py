@@ -1,0 +1,93 @@
+"""Secrets at rest: sealed with AES-256-GCM under a key file, gone when the run ends.
+
+Owns the key and the sealing. A sealed value is bound to its run and name: moved to another
+row, it won't open.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from sqlalchemy import Connection, delete, insert, select
+
+from flash.errors import InternalError
+from flash.storage import schema
+
+_NONCE_BYTES = 12
+
+
+class Vault:
+    def __init__(self, key: bytes) -> None:
+        if len(key) != 32:
+            raise InternalError(
+                f"the vault's key has {len(key)} bytes: it must have 32",
+                remedy="restore vault.key, or remove it when no run with secrets is unfinished",
+            )
+        self._cipher = AESGCM(key)
+        self._mac_key = hmac.digest(key, b"idempotency", "sha256")
+
+    @classmethod
+    def open(cls, path: Path) -> Vault:
+        """The vault under the key file at `path`, made (0600) if there is none."""
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not path.exists():
+            _write_key(path)
+        return cls(path.read_bytes())
+
+    def store(self, connection: Connection, run_id: str, values: Mapping[str, str]) -> None:
+        for name, value in values.items():
+            nonce = secrets.token_bytes(_NONCE_BYTES)
+            sealed = nonce + self._cipher.encrypt(nonce, value.encode(), _binding(run_id, name))
+            connection.execute(insert(schema.secrets).values(run_id=run_id, name=name, sealed=sealed))
+
+    def open_all(self, connection: Connection, run_id: str) -> dict[str, str]:
+        """The run's secrets, opened."""
+        rows = connection.execute(select(schema.secrets).where(schema.secrets.c.run_id == run_id))
+        return {row.name: self._open(run_id, row.name, row.sealed) for row in rows}
+
+    def _open(self, run_id: str, name: str, sealed: bytes) -> str:
+        nonce, body = sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:]
+        try:
+            return self._cipher.decrypt(nonce, body, _binding(run_id, name)).decode()
+        except InvalidTag:
+            raise InternalError(
+                f"the secret {name} of run {run_id} does not open: vault.key is not the one that sealed it",
+                remedy="restore the key file, or submit the run again",
+            ) from None
+
+    def mac(self, message: bytes) -> str:
+        """A keyed digest of a request that may hold secrets, for comparing repeats without keeping them."""
+        return hmac.new(self._mac_key, message, hashlib.sha256).hexdigest()
+
+
+def forget(connection: Connection, run_id: str) -> None:
+    """Deletes a run's secrets."""
+    connection.execute(delete(schema.secrets).where(schema.secrets.c.run_id == run_id))
+
+
+def _binding(run_id: str, name: str) -> bytes:
+    return f"{run_id}\0{name}".encode()
+
+
+def _write_key(path: Path) -> None:
+    """Written aside and linked into place: two starters at once end up with one key."""
+    draft = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    descriptor = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    try:
+        os.write(descriptor, secrets.token_bytes(32))
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    try:
+        os.link(draft, path)
+    except FileExistsError:
+        pass
+    finally:
+        draft.unlink()

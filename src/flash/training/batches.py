@@ -1,0 +1,165 @@
+"""Token rows on disk, and which of them a step trains on, in which micro-batches.
+
+The batch of step s is a pure function of (seed, s): resuming needs no cursor beyond the step. Knows nothing
+of models, losses or where rows come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from flash.inference.chat import RenderedTarget
+
+Ints = npt.NDArray[np.int64]
+
+
+class TokenRows:
+    """Rendered targets in one flat file of int32 tokens, memory-mapped: memory stays flat however many."""
+
+    def __init__(self, tokens: npt.NDArray[np.int32], ends: Ints, trained_from: Ints) -> None:
+        self._tokens = tokens
+        self._ends = ends
+        self._trained_from = trained_from
+        self.lengths: Ints = np.diff(ends, prepend=0)
+
+    @classmethod
+    def write(cls, path: Path, targets: Iterable[RenderedTarget]) -> TokenRows:
+        """Streams the targets into `path` and opens it."""
+        ends: list[int] = []
+        trained_from: list[int] = []
+        total = 0
+        with path.open("wb") as file:
+            for target in targets:
+                file.write(np.asarray(target.tokens, dtype=np.int32).tobytes())
+                total += len(target.tokens)
+                ends.append(total)
+                trained_from.append(target.trained_from)
+        tokens = np.memmap(path, dtype=np.int32, mode="r") if total else np.zeros(0, dtype=np.int32)
+        return cls(tokens, np.asarray(ends, dtype=np.int64), np.asarray(trained_from, dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> RenderedTarget:
+        end = int(self._ends[index])
+        row = self._tokens[end - int(self.lengths[index]) : end]
+        return RenderedTarget(tuple(int(token) for token in row), int(self._trained_from[index]))
+
+    def trained_tokens(self, indices: Ints) -> int:
+        """How many tokens of these rows are trained; a row's very first token never is."""
+        return int((self.lengths[indices] - np.maximum(self._trained_from[indices], 1)).sum())
+
+
+def steps_per_epoch(rows: int, batch_size: int) -> int:
+    return -(-rows // batch_size)
+
+
+def batch_indices(rows: int, batch_size: int, *, seed: int, step: int) -> Ints:
+    """The rows of optimizer step `step` (from 1). Each epoch is a fresh seeded shuffle; its last batch may
+    be short, so that an epoch is exactly one pass."""
+    epoch, position = divmod(step - 1, steps_per_epoch(rows, batch_size))
+    order = np.random.default_rng([seed, epoch]).permutation(rows)
+    return order[position * batch_size : (position + 1) * batch_size]
+
+
+def micro_batches(lengths: Sequence[int] | Ints, *, token_budget: int, overhead_tokens: int) -> list[Ints]:
+    """Splits a batch into micro-batches of rows of like length; returns positions into `lengths`.
+
+    Minimises padded tokens plus `overhead_tokens` for each micro-batch (what starting one costs, in
+    tokens), with at most `token_budget` padded tokens in each; a longer row stands alone. Exact, by
+    dynamic programming over the rows sorted by length.
+    """
+    order = np.argsort(-np.asarray(lengths), kind="stable")
+    sorted_lengths = np.asarray(lengths)[order]
+    count = len(order)
+    cost = np.zeros(count + 1)
+    start_of = np.zeros(count + 1, dtype=np.int64)
+    for end in range(1, count + 1):
+        starts = np.arange(end)
+        padded = sorted_lengths[:end] * (end - starts)  # the first row of a group is its longest
+        allowed = (padded <= token_budget) | (starts == end - 1)
+        candidates = np.where(allowed, cost[:end] + padded + overhead_tokens, np.inf)
+        start_of[end] = int(candidates.argmin())
+        cost[end] = candidates[start_of[end]]
+    groups: list[Ints] = []
+    end = count
+    while end > 0:
+        start = int(start_of[end])
+        groups.append(order[start:end])
+        end = start
+    return groups[::-1]
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Which positions of a batch need computing: rows that open alike need their opening once.
+
+    `computed_U` are flat positions (into B*T), ascending, without padding and repeated openings; `place_BT`
+    tells for each flat position which of the U stands for it (an arbitrary one where it is padding).
+    """
+
+    computed_U: Tensor
+    place_BT: Tensor
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Right-padded rows and the trained tokens in them.
+
+    `predictors_N` are flat positions (into B*T) of the hidden states that predict `targets_N`.
+    """
+
+    tokens_B_T: Tensor
+    predictors_N: Tensor
+    targets_N: Tensor
+    sharing: Sharing | None = None
+
+
+def collate(
+    rows: Sequence[npt.NDArray[np.int32] | Sequence[int]],
+    trained: Sequence[npt.NDArray[np.bool_] | Sequence[bool]],
+    *,
+    pad_id: int,
+    device: torch.device,
+    openings: Sequence[tuple[int, int]] | None = None,
+) -> MicroBatch:
+    """Pads on the right: with causal layers what follows a token can't reach it, so no mask is needed.
+
+    `openings[b] = (row, length)` says that row b begins with the same `length` tokens as `row`, which must
+    come no later and have no earlier partner itself; a row without a partner names itself.
+    """
+    longest = max(len(row) for row in rows)
+    tokens = np.full((len(rows), longest), pad_id, dtype=np.int64)
+    chosen = np.zeros((len(rows), longest), dtype=np.bool_)
+    for number, (row, mask) in enumerate(zip(rows, trained, strict=True)):
+        tokens[number, : len(row)] = row
+        chosen[number, : len(row)] = mask
+    chosen[:, 0] = False  # nothing predicts the first token
+    places = np.flatnonzero(chosen)
+    return MicroBatch(
+        torch.from_numpy(tokens).to(device),
+        torch.from_numpy(places - 1).to(device),
+        torch.from_numpy(tokens.reshape(-1)[places]).to(device),
+        None if openings is None else _sharing([len(row) for row in rows], longest, openings, device),
+    )
+
+
+def _sharing(
+    lengths: Sequence[int], longest: int, openings: Sequence[tuple[int, int]], device: torch.device
+) -> Sharing:
+    flat = np.arange(len(lengths) * longest).reshape(len(lengths), longest)
+    source = flat.copy()
+    for number, (row, length) in enumerate(openings):
+        source[number, :length] = flat[row, :length]
+    real = np.arange(longest) < np.asarray(lengths)[:, None]
+    computed = np.flatnonzero((source == flat) & real)
+    rank = np.zeros(flat.size, dtype=np.int64)
+    rank[computed] = np.arange(len(computed))
+    return Sharing(torch.from_numpy(computed).to(device), torch.from_numpy(rank[source.reshape(-1)]).to(device))

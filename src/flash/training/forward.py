@@ -1,0 +1,222 @@
+"""A leaner forward pass for small fp32 models of the Qwen3 and Llama layouts.
+
+It computes what the model's own forward computes, at less work for training: the last layer's output
+projection and MLP run on trained positions only; positions that several rows share are computed once;
+projections that share an input are one matrix product;
+and each projection uses a *copy* of its weight with the adapter's update added, made anew for every pass
+(the base itself is never written to). Adding in fp32 costs no precision worth naming; bf16 would, so bf16
+bases keep their own forward. `lean_forward` returns None wherever the result would not be the model's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F  # noqa: N812  (the field's usual name)
+from torch import Tensor
+
+from flash.inference.loading import BaseModel
+from flash.inference.lora import LoraLinear
+from flash.training.batches import Sharing
+
+_MAX_PARAMETERS = 500_000_000  # the copies take as much memory as the adapted weights
+_TOLERANCE = 1e-4
+
+
+class Forward(Protocol):
+    def __call__(self, tokens_B_T: Tensor, positions_N: Tensor, sharing: Sharing | None = None) -> Tensor:
+        """Hidden states (N, H), after the last norm, at flat positions into B*T; right-padded rows.
+
+        `sharing` may be made use of: it changes the work, never the result.
+        """
+
+
+def model_forward(base: BaseModel) -> Forward:
+    """The model's own forward, whatever its layout."""
+
+    def forward(tokens_B_T: Tensor, positions_N: Tensor, sharing: Sharing | None = None) -> Tensor:
+        hidden_B_T_H = base.backbone(input_ids=tokens_B_T, use_cache=False).last_hidden_state
+        return hidden_B_T_H.reshape(-1, hidden_B_T_H.shape[-1])[positions_N]
+
+    return forward
+
+
+def lean_forward(base: BaseModel) -> Forward | None:
+    """The lean forward, if the layout is known and its numbers agree with the model's own here."""
+    config = base.model.config
+    if config.model_type not in ("qwen3", "llama") or base.dtype != torch.float32:
+        return None
+    if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()):
+        return None
+    if sum(weight.numel() for weight in base.model.parameters()) > _MAX_PARAMETERS:
+        return None
+    lean = _Lean(base.backbone)
+    return lean if _agrees(lean, model_forward(base), base) else None
+
+
+@torch.no_grad()
+def _agrees(lean: Forward, own: Forward, base: BaseModel) -> bool:
+    vocabulary = base.head.shape[0]
+    tokens = torch.arange(3, 3 + 2 * 24, device=base.device).mul_(7).remainder_(vocabulary).view(2, 24)
+    positions = torch.tensor([0, 5, 23, 30, 47], device=base.device)
+    ours, theirs = lean(tokens, positions), own(tokens, positions)
+    return bool((ours - theirs).abs().max() <= _TOLERANCE * theirs.abs().max().clamp(min=1.0))
+
+
+class _Lean:
+    def __init__(self, backbone: Any) -> None:
+        self._backbone = backbone
+
+    def __call__(self, tokens_B_T: Tensor, positions_N: Tensor, sharing: Sharing | None = None) -> Tensor:
+        backbone = self._backbone
+        rows, length = tokens_B_T.shape
+        places = torch.arange(length, device=tokens_B_T.device)
+        cos_1_T_D, sin_1_T_D = backbone.rotary_emb(backbone.embed_tokens.weight[:1, :1], places[None])
+        rotation = cos_1_T_D[0, :, None], sin_1_T_D[0, :, None]
+        tokens, needed_N = tokens_B_T.view(-1), positions_N
+        if sharing is not None:
+            tokens, needed_N = tokens[sharing.computed_U], sharing.place_BT[positions_N]
+            rotation = rotation[0][sharing.computed_U % length], rotation[1][sharing.computed_U % length]
+        hidden = backbone.embed_tokens(tokens)
+        last = backbone.layers[-1]
+        for layer in backbone.layers:
+            normed = _norm(layer.input_layernorm, hidden)
+            mixed = _attention(layer.self_attn, normed, rows, length, rotation, sharing)  # (B*T, heads*D)
+            if layer is last:
+                mixed, hidden = mixed.index_select(0, positions_N), hidden.index_select(0, needed_N)
+            elif sharing is not None:
+                mixed = mixed.index_select(0, sharing.computed_U)
+            hidden = hidden + _project([layer.self_attn.o_proj], mixed)
+            hidden = hidden + _mlp(layer.mlp, _norm(layer.post_attention_layernorm, hidden))
+        return _norm(backbone.norm, hidden)
+
+
+def _attention(
+    attention: Any, x: Tensor, rows: int, length: int, rotation: tuple[Tensor, Tensor], sharing: Sharing | None
+) -> Tensor:
+    """Causal attention of right-padded rows, before the output projection: (B*T, heads*D).
+
+    `x` (U, H) holds the computed positions: all B*T of them without sharing.
+    """
+    width = attention.head_dim
+    shape = (rows, length) if sharing is None else (len(x),)
+    projected = _project([attention.q_proj, attention.k_proj, attention.v_proj], x).view(*shape, -1, width)
+    queries = attention.q_proj.out_features // width
+    keys = attention.k_proj.out_features // width
+    query, key, value = projected.split([queries, keys, keys], dim=-2)
+    if hasattr(attention, "q_norm"):
+        query, key = _norm(attention.q_norm, query), _norm(attention.k_norm, key)
+    query, key = _Rotate.apply(query, *rotation), _Rotate.apply(key, *rotation)
+    if sharing is not None:  # every row gets its own view of what it shares
+        query, key, value = (
+            part.index_select(0, sharing.place_BT).view(rows, length, -1, width) for part in (query, key, value)
+        )
+    mixed = F.scaled_dot_product_attention(
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2),
+        is_causal=True, scale=attention.scaling, enable_gqa=queries != keys,
+    )
+    return mixed.transpose(1, 2).reshape(rows * length, queries * width)
+
+
+def _mlp(mlp: Any, x: Tensor) -> Tensor:
+    gate, up = _project([mlp.gate_proj, mlp.up_proj], x).chunk(2, dim=-1)
+    return _project([mlp.down_proj], mlp.act_fn(gate) * up)
+
+
+def _norm(norm: Any, x: Tensor) -> Tensor:
+    result: Tensor = _RMSNorm.apply(x, norm.weight, norm.variance_epsilon)
+    return result
+
+
+def _project(layers: Sequence[LoraLinear], x: Tensor) -> Tensor:
+    """Several projections of one input (N, in), side by side: (N, sum of outs)."""
+    pairs = [layer.pair for layer in layers if layer.pair is not None]
+    if len(pairs) < len(layers):  # the bare base, or an adapter that leaves some of these layers out
+        return torch.cat([layer(x) for layer in layers], dim=-1)
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    factors = [factor for pair in pairs for factor in (pair.A, pair.B)]
+    result: Tensor = _AdaptedLinear.apply(
+        x,
+        [layer.weight for layer in layers],
+        torch.cat(biases) if biases else None,
+        [pair.scaling for pair in pairs],
+        *factors,
+    )
+    return result
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    """x @ (W + scaling * B A)^T + bias for projections stacked along the output; gradients of x, A and B."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_N_I: Tensor, weights: list[Tensor], bias: Tensor | None, scalings: list[float], *factors: Tensor
+    ) -> Tensor:
+        As, Bs = factors[0::2], factors[1::2]
+        adapted_O_I = x_N_I.new_empty(sum(len(B) for B in Bs), x_N_I.shape[-1])
+        parts = adapted_O_I.split([len(B) for B in Bs])
+        for part, weight, A, B, scaling in zip(parts, weights, As, Bs, scalings, strict=True):
+            torch.addmm(weight, B, A, alpha=scaling, out=part)
+        ctx.save_for_backward(x_N_I, adapted_O_I, *factors)
+        ctx.scalings = scalings
+        return F.linear(x_N_I, adapted_O_I, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad_N_O: Tensor) -> tuple[Tensor | None, ...]:
+        x_N_I, adapted_O_I, *factors = ctx.saved_tensors
+        As, Bs = factors[0::2], factors[1::2]
+        grad_x = grad_N_O @ adapted_O_I if ctx.needs_input_grad[0] else None
+        low_N_R = x_N_I @ torch.cat(As).t()
+        grad_low_N_R = torch.empty_like(low_N_R)
+        grads: list[Tensor] = []
+        out = rank = 0
+        for A, B, scaling in zip(As, Bs, ctx.scalings, strict=True):
+            outs, ranks = slice(out, out := out + len(B)), slice(rank, rank := rank + len(A))
+            grads.append((grad_N_O[:, outs].t() @ low_N_R[:, ranks]).mul_(scaling))
+            torch.mm(grad_N_O[:, outs], B * scaling, out=grad_low_N_R[:, ranks])
+        grad_As = (grad_low_N_R.t() @ x_N_I).split([len(A) for A in As])
+        of_factors = [grad for pair in zip(grad_As, grads, strict=True) for grad in pair]
+        return grad_x, None, None, None, *of_factors
+
+
+class _RMSNorm(torch.autograd.Function):
+    """x * rsqrt(mean(x^2) + eps) * w over the last dimension, with a frozen w."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        return (x * inverse).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        x, weight, inverse = ctx.saved_tensors
+        weighted = grad * weight
+        shared = (weighted * x).sum(dim=-1, keepdim=True).mul_(inverse.pow(3)).div_(-x.shape[-1])
+        return weighted.mul_(inverse).addcmul_(x, shared), None, None
+
+
+class _Rotate(torch.autograd.Function):
+    """Rotary embedding of (B, T, heads, D) by cos and sin (T, 1, D); its transpose is the turn back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotated(grad, cos, -sin), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    out = x * cos
+    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+    out[..., half:].addcmul_(x[..., :half], sin[..., half:])
+    return out
+
+

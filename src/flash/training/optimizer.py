@@ -1,0 +1,75 @@
+"""The optimizer and its learning-rate schedule, as the recipe sets them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from flash.config.run import Recipe
+from flash.errors import FlashError, InvalidInput, OutOfMemory
+
+
+def build_optimizer(parameters: Sequence[nn.Parameter], recipe: Recipe, *, learning_rate: float) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        parameters,
+        lr=learning_rate,
+        betas=(recipe.adam_beta1, recipe.adam_beta2),
+        eps=recipe.adam_epsilon,
+        weight_decay=recipe.weight_decay,
+        fused=True,
+    )
+
+
+def learning_rate(peak: float, recipe: Recipe, *, step: int, total_steps: int) -> float:
+    """The rate of optimizer step `step` (from 1): a linear rise over the warm-up, then flat or falling.
+
+    The falling schedule reaches zero just after the last step, and no step is spent at zero.
+    """
+    warmup = min(math.ceil(recipe.warmup_ratio * total_steps), total_steps - 1)
+    if step <= warmup:
+        return peak * step / (warmup + 1)
+    if recipe.lr_schedule == "constant":
+        return peak
+    return peak * (total_steps - step + 1) / (total_steps - warmup)
+
+
+def optimizer_step(
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[nn.Parameter],
+    *,
+    rate: float,
+    max_grad_norm: float,
+    step: int,
+) -> float:
+    """Clips, updates, clears the gradients; returns the gradient's norm before clipping.
+
+    Raises InvalidInput when the gradient is not finite: a step on it would ruin the adapter for good.
+    """
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
+    if not math.isfinite(norm):
+        raise InvalidInput(
+            f"the gradient of step {step} is {norm}", remedy="lower train.learning_rate, or check the rows for outliers"
+        )
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def out_of_memory(error: Exception) -> FlashError | None:
+    """The clean error for a device out of memory; None for every other error."""
+    text = str(error)
+    cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in text
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or cpu:
+        first = text.splitlines()[0] if text else "the device is out of memory"
+        return OutOfMemory(
+            f"a training step does not fit into memory: {first}",
+            remedy="lower train.max_length or train.lora_rank",
+        )
+    return None
+
+

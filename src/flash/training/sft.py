@@ -1,0 +1,321 @@
+"""Supervised fine-tuning: imitate the environment's target completions.
+
+Reads top to bottom: rows -> rendered targets -> steps -> checkpoints. The loss is the mean negative
+log-likelihood of the trained tokens of a whole optimizer batch, so long answers weigh more than short
+ones and no split into micro-batches changes the gradient. Knows no storage and no network: it meets the
+environment through `EnvironmentClient` and the world through `Reporter`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from flash.config.run import RunSpec
+from flash.environments.protocol import EnvironmentClient, SFTTarget
+from flash.errors import FlashError, InvalidInput
+from flash.inference.chat import ChatRenderer, RenderedTarget
+from flash.inference.loading import BaseModel
+from flash.records import Phase
+from flash.training.batches import (
+    Ints,
+    MicroBatch,
+    TokenRows,
+    batch_indices,
+    collate,
+    micro_batches,
+    steps_per_epoch,
+)
+from flash.training.checkpoints import ADAPTER, Provenance, read_state, write_checkpoint
+from flash.training.losses import negative_log_likelihood
+from flash.training.optimizer import build_optimizer, learning_rate, optimizer_step, out_of_memory
+from flash.training.policy import Policy, build_policy
+from flash.training.reporter import Reporter
+
+HELD_OUT_SPLIT, HELD_OUT_ROWS = "eval", 200
+_ROWS_PER_CALL = 256  # targets asked of the environment at once
+# What starting another micro-batch costs, in tokens of the same work: the price of less padding.
+_OVERHEAD_TOKENS = {"cpu": 128, "cuda": 2048}
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """`checkpoint` is the last one written; None only when the run was stopped before its first step."""
+
+    step: int
+    checkpoint: Path | None
+    stopped: bool
+
+
+def train(
+    spec: RunSpec,
+    base: BaseModel,
+    environment: EnvironmentClient,
+    reporter: Reporter,
+    *,
+    work_dir: Path,
+    resume_from: Path | None = None,
+    init_from: Path | None = None,
+    micro_batch_divisor: int = 1,
+    environment_digest: str = "",
+) -> TrainResult:
+    """Trains one adapter and leaves its checkpoints under `work_dir/checkpoints`.
+
+    `resume_from` is a checkpoint folder of this very run: training goes on as if it had never stopped.
+    `init_from` is an adapter folder, of which only the weights are taken. Raises InvalidInput (rows that
+    can't be trained on), UserCodeError, ModelError and OutOfMemory.
+    """
+    settings = spec.train
+    if spec.recipe.lora_dropout:
+        raise InvalidInput("this trainer has no dropout; the recipe's lora_dropout must be 0")
+    torch.manual_seed(spec.seed)
+
+    reporter.phase(Phase.PREPARING_DATA)
+    renderer = ChatRenderer(base.tokenizer, thinking=spec.thinking)
+    rows = _training_rows(spec, environment, renderer, reporter, work_dir)
+    held_out = _held_out_rows(spec, environment, renderer, reporter, work_dir)
+
+    weights_from = resume_from / ADAPTER if resume_from else init_from
+    policy = build_policy(
+        base, rank=settings.lora_rank, alpha=settings.lora_alpha, seed=spec.seed, init_from=weights_from
+    )
+    parameters = policy.parameters()
+    optimizer = build_optimizer(parameters, spec.recipe, learning_rate=settings.learning_rate)
+    progress = _Progress()
+    if resume_from:
+        saved = read_state(resume_from)
+        saved.restore_optimizer(optimizer)
+        saved.restore_generators()
+        progress = _Progress(step=saved.step, **saved.extra)
+        reporter.log(f"resuming after step {saved.step}")
+
+    total_steps = _total_steps(spec, len(rows))
+    provenance = Provenance(spec, environment_digest, base.revision)
+    budget = max(1, spec.recipe.micro_batch_tokens // micro_batch_divisor)
+    checkpoint = resume_from
+
+    reporter.phase(Phase.TRAINING, total_steps=total_steps)
+    stopped = reporter.should_stop()
+    while progress.step < total_steps and not stopped:
+        started = time.perf_counter()
+        step = progress.step + 1
+        indices = batch_indices(len(rows), settings.batch_size, seed=spec.seed, step=step)
+        rate = learning_rate(settings.learning_rate, spec.recipe, step=step, total_steps=total_steps)
+        try:
+            loss = _accumulate_gradients(policy, rows, indices, budget, reporter)
+        except (RuntimeError, MemoryError) as error:
+            if clean := out_of_memory(error):
+                raise clean from error
+            raise
+        norm = optimizer_step(
+            optimizer, parameters, rate=rate, max_grad_norm=spec.recipe.max_grad_norm, step=step
+        )
+
+        progress.step = step
+        progress.tokens += int(rows.lengths[indices].sum())
+        progress.examples += len(indices)
+        seconds = time.perf_counter() - started
+        lasting = {
+            "loss": loss,
+            "learning_rate": rate,
+            "grad_norm": norm,
+            "epoch": progress.examples / len(rows),
+            "tokens": float(progress.tokens),
+        }
+        tokens_per_s = float(rows.lengths[indices].sum()) / seconds
+        reporter.metrics(step, lasting | {"seconds": seconds, "tokens_per_s": tokens_per_s})
+        reporter.progress()
+
+        final = step == total_steps
+        stopped = not final and reporter.should_stop()
+        if final or stopped or step % settings.save_every == 0:
+            if held_out is not None:
+                lasting["eval_loss"] = _mean_loss(policy, held_out, budget, reporter)
+                reporter.metrics(step, {"eval_loss": lasting["eval_loss"]})
+            checkpoint = write_checkpoint(
+                work_dir,
+                step=step,
+                policy=policy,
+                optimizer=optimizer,
+                provenance=provenance,
+                metrics=lasting,
+                extra={"tokens": progress.tokens, "examples": progress.examples},
+            )
+            reporter.checkpoint(checkpoint, step=step, final=final, metrics=lasting)
+    return TrainResult(progress.step, checkpoint, stopped)
+
+
+@dataclass
+class _Progress:
+    """What a resumed run goes on counting."""
+
+    step: int = 0
+    tokens: int = 0
+    examples: int = 0
+
+
+def _total_steps(spec: RunSpec, rows: int) -> int:
+    steps = (spec.train.epochs or 1) * steps_per_epoch(rows, spec.train.batch_size)
+    return min(steps, spec.train.max_steps) if spec.train.max_steps else steps
+
+
+# --- rows to token rows -------------------------------------------------------------------------------
+
+
+@dataclass
+class _Tally:
+    truncated: int = 0
+    dropped: int = 0
+    without_thinking: int = 0
+    example: RenderedTarget | None = field(default=None, repr=False)
+
+
+def _training_rows(
+    spec: RunSpec,
+    environment: EnvironmentClient,
+    renderer: ChatRenderer,
+    reporter: Reporter,
+    work_dir: Path,
+) -> TokenRows:
+    found = environment.rows(None, limit=spec.train.max_examples or 0)
+    for warning in found.warnings:
+        reporter.warn("rows", warning)
+    tally = _Tally()
+    rows = TokenRows.write(
+        work_dir / "train.tokens",
+        _rendered(environment, found.split, found.count, renderer, spec.train.max_length, tally, reporter),
+    )
+    limit = spec.train.max_length
+    if tally.truncated:
+        reporter.warn(
+            "truncated_rows",
+            f"{tally.truncated} of {found.count} rows are longer than max_length = {limit} tokens and were cut off"
+            " (raise train.max_length to train on all of them)",
+        )
+    if len(rows) == 0:
+        raise InvalidInput(
+            f"none of the {found.count} rows of split {found.split!r} has a trained token within"
+            f" max_length = {limit}",
+            remedy="raise train.max_length, or check the environment's sft_completion with `flash env check`",
+        )
+    if tally.dropped:
+        reporter.warn(
+            "dropped_rows", f"{tally.dropped} of {found.count} rows have no trained token and were left out"
+        )
+    if spec.thinking and tally.without_thinking:
+        reporter.warn(
+            "targets_without_thinking",
+            f"thinking = true, but {tally.without_thinking} of {found.count} targets have no <think> trace:"
+            " the model would learn to skip its reasoning (add traces, or set thinking = false)",
+        )
+    if tally.example is not None:
+        reporter.log(f"one example as it is trained, trained tokens between ⟦ and ⟧:\n{renderer.marked(tally.example)}")
+    return rows
+
+
+def _held_out_rows(
+    spec: RunSpec,
+    environment: EnvironmentClient,
+    renderer: ChatRenderer,
+    reporter: Reporter,
+    work_dir: Path,
+) -> TokenRows | None:
+    """The eval split's rows, if there are any. Faults in them cost the held-out loss, never the run."""
+    if HELD_OUT_SPLIT not in environment.info().splits:
+        return None
+    try:
+        found = environment.rows(HELD_OUT_SPLIT, limit=HELD_OUT_ROWS)
+        rendered = _rendered(
+            environment, found.split, found.count, renderer, spec.train.max_length, _Tally(), reporter
+        )
+        rows = TokenRows.write(work_dir / "eval.tokens", rendered)
+    except FlashError as error:
+        reporter.warn("held_out_rows", f"no held-out loss will be reported: {error}")
+        return None
+    return rows if len(rows) else None
+
+
+def _rendered(
+    environment: EnvironmentClient,
+    split: str,
+    count: int,
+    renderer: ChatRenderer,
+    max_length: int,
+    tally: _Tally,
+    reporter: Reporter,
+) -> Iterator[RenderedTarget]:
+    """Every row of the split that has something to train on, in order."""
+    for start in range(0, count, _ROWS_PER_CALL):
+        indices = range(start, min(start + _ROWS_PER_CALL, count))
+        for index, target in zip(indices, environment.targets(split, indices), strict=True):
+            whole = renderer.render_target(
+                target.prompt, target.completion, where=f"row {index + 1} of split {split!r}"
+            )
+            kept = whole.truncated(max_length)
+            tally.truncated += kept is not whole
+            tally.without_thinking += not _has_thinking(target)
+            if max(kept.trained_from, 1) >= len(kept.tokens):
+                tally.dropped += 1
+                continue
+            tally.example = tally.example or kept
+            yield kept
+        reporter.progress()
+
+
+def _has_thinking(target: SFTTarget) -> bool:
+    return any(
+        message.get("reasoning_content") or "<think>" in str(message.get("content"))
+        for message in target.completion
+        if message.get("role") == "assistant"
+    )
+
+
+# --- the loss -----------------------------------------------------------------------------------------
+
+
+def _accumulate_gradients(
+    policy: Policy, rows: TokenRows, indices: Ints, token_budget: int, reporter: Reporter
+) -> float:
+    """Adds the batch's gradient to the parameters; returns its mean loss per trained token."""
+    trained = rows.trained_tokens(indices)
+    total = torch.zeros((), device=policy.base.device)
+    for batch in _micro_batches(policy.base, rows, indices, token_budget):
+        loss = negative_log_likelihood(policy.logprobs(batch), normaliser=trained)
+        loss.backward()
+        total += loss.detach()
+        reporter.progress()
+    return float(total)
+
+
+@torch.no_grad()
+def _mean_loss(policy: Policy, rows: TokenRows, token_budget: int, reporter: Reporter) -> float:
+    indices = np.arange(len(rows))
+    trained = rows.trained_tokens(indices)
+    total = torch.zeros((), device=policy.base.device)
+    for batch in _micro_batches(policy.base, rows, indices, token_budget):
+        total += negative_log_likelihood(policy.logprobs(batch), normaliser=trained)
+        reporter.progress()
+    return float(total)
+
+
+def _micro_batches(
+    base: BaseModel, rows: TokenRows, indices: Ints, token_budget: int
+) -> Iterator[MicroBatch]:
+    groups: Sequence[Ints] = micro_batches(
+        rows.lengths[indices],
+        token_budget=token_budget,
+        overhead_tokens=_OVERHEAD_TOKENS.get(base.device.type, _OVERHEAD_TOKENS["cuda"]),
+    )
+    for group in groups:
+        chosen = [rows[int(index)] for index in indices[group]]
+        yield collate(
+            [row.tokens for row in chosen],
+            [row.trained for row in chosen],
+            pad_id=base.pad_id,
+            device=base.device,
+        )

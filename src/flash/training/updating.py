@@ -1,0 +1,212 @@
+"""One GRPO update: from scored groups to a step of the optimizer, and what was measured on the way.
+
+Owns micro-batches, the comparison of sampler and trainer (the canary), and the guard against gradients
+that are no numbers. Knows nothing of environments, prompts or how episodes came about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flash.config.run import RunSpec
+from flash.errors import InternalError
+from flash.training.advantages import all_equal, group_advantages
+from flash.training.batches import MicroBatch, collate, micro_batches
+from flash.training.optimizer import learning_rate, optimizer_step
+from flash.training.policy import Policy
+from flash.training.rollouts import Episode, Group
+from flash.training.surrogate import k3, token_surrogate
+
+_OVERHEAD_TOKENS = {"cpu": 128, "cuda": 2048}  # what starting one more micro-batch costs, in tokens
+_MISMATCH_LIMIT = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # nats a token, sampler against trainer
+
+
+@dataclass(frozen=True)
+class Row:
+    episode: Episode
+    advantage: float
+
+
+@dataclass
+class Totals:
+    """Sums over an update's tokens."""
+
+    tokens: int = 0
+    mismatch: float = 0.0
+    kl: float = 0.0
+    kl_tokens: int = 0
+    clipped: float = 0.0
+    loss: float = 0.0
+
+
+class Updater:
+    """Applies a step's groups to the policy, one optimizer step for all of them."""
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        policy: Policy,
+        optimizer: torch.optim.Optimizer,
+        *,
+        micro_batch_divisor: int = 1,
+        mismatch_limit: float | None = None,
+    ) -> None:
+        """`mismatch_limit` (nats a token) is how far sampler and trainer may differ before the run fails."""
+        assert spec.train.max_tokens and spec.train.kl_penalty_coef is not None
+        assert spec.recipe.clip_epsilon is not None and spec.recipe.importance_cap is not None
+        self._policy = policy
+        self._optimizer = optimizer
+        self._parameters = policy.parameters()
+        self._kl_coef = spec.train.kl_penalty_coef
+        self._max_tokens = spec.train.max_tokens
+        self._clip_epsilon = spec.recipe.clip_epsilon
+        self._importance_cap = spec.recipe.importance_cap
+        self._recipe = spec.recipe
+        default_limit = _MISMATCH_LIMIT.get(policy.base.dtype, 0.1)
+        self._mismatch_limit = default_limit if mismatch_limit is None else mismatch_limit
+        self._peak_rate = spec.train.learning_rate
+        self._total_steps = spec.train.steps or 1
+        self._token_budget = max(1, spec.recipe.micro_batch_tokens // micro_batch_divisor)
+        # the rollouts' own temperature: the policy that is improved is the one that was sampled
+        self._temperature = spec.train.temperature or 1.0
+
+    def update(self, groups: Sequence[Group], *, step: int) -> dict[str, float]:
+        """Optimizer step `step` (from 1) on the groups that carry a gradient; its metrics.
+
+        Without any such group the policy stays as it is. The normaliser counts every completion of the
+        step, also of groups that are skipped: they are part of the mean, as zeros. Raises InternalError when
+        sampler and trainer disagree beyond rounding, InvalidInput for a gradient that is no number.
+        """
+        rows = self._rows(groups)
+        normaliser = self._max_tokens * sum(len(group.episodes) for group in groups)
+        totals = Totals()
+        for batch, chosen in self._batches(rows):
+            self._accumulate(batch, chosen, normaliser, totals)
+        # one episode a group tells how far the policy is from its base, and is the canary when nothing is trained
+        probe = [Row(group.episodes[0], 0.0) for group in groups]
+        if not self._kl_coef:
+            self._measure_kl(probe, totals)
+        if not rows:
+            self._measure_mismatch(probe, totals)
+        mismatch = totals.mismatch / max(totals.tokens, 1)
+        self._check_sampler(mismatch)
+        rate = learning_rate(self._peak_rate, self._recipe, step=step, total_steps=self._total_steps)
+        grad_norm = 0.0
+        if rows:
+            grad_norm = optimizer_step(
+                self._optimizer, self._parameters, rate=rate, max_grad_norm=self._recipe.max_grad_norm, step=step
+            )
+        return {
+            "loss": totals.loss,
+            "learning_rate": rate,
+            "grad_norm": grad_norm,
+            "kl": totals.kl / max(totals.kl_tokens, 1),
+            "mismatch_kl": mismatch,
+            "clipped": totals.clipped / max(totals.tokens, 1),
+        }
+
+    def _rows(self, groups: Sequence[Group]) -> list[Row]:
+        """The episodes to train on: of every group under a penalty, else of those whose rewards differ."""
+        return [
+            Row(episode, advantage)
+            for group in groups
+            if self._kl_coef or not all_equal(group.rewards)
+            for episode, advantage in zip(group.episodes, group_advantages(group.rewards), strict=True)
+        ]
+
+    def _batches(self, rows: Sequence[Row]) -> Iterator[tuple[MicroBatch, list[Row]]]:
+        """The rows in micro-batches of like length under the token budget."""
+        if not rows:
+            return
+        base = self._policy.base
+        lengths = [len(row.episode.tokens) for row in rows]
+        # where openings are shared and padding costs nothing, groups stay together; else rows of like length
+        by_device = _OVERHEAD_TOKENS.get(base.device.type, _OVERHEAD_TOKENS["cuda"])
+        overhead = self._token_budget if self._policy.shares_openings else by_device
+        for places in micro_batches(lengths, token_budget=self._token_budget, overhead_tokens=overhead):
+            chosen = [rows[place] for place in places]
+            batch = collate(
+                [row.episode.tokens for row in chosen],
+                [row.episode.sampled for row in chosen],
+                pad_id=base.pad_id,
+                device=base.device,
+                openings=_openings([row.episode for row in chosen]),
+            )
+            yield batch, chosen
+
+    def _accumulate(self, batch: MicroBatch, rows: list[Row], normaliser: float, totals: Totals) -> None:
+        logprobs_N = self._policy.logprobs(batch, temperature=self._temperature)
+        sampled_N, advantages_N = self._token_values(rows)
+        reference_N = self._reference(batch) if self._kl_coef else None
+        surrogate = token_surrogate(
+            logprobs_N,
+            sampled_N,
+            advantages_N,
+            clip_epsilon=self._clip_epsilon,
+            importance_cap=self._importance_cap,
+            reference_logprobs_N=reference_N,
+            kl_coef=self._kl_coef,
+        )
+        loss = surrogate.loss / normaliser
+        loss.backward()
+        totals.loss += loss.item()
+        totals.tokens += len(logprobs_N)
+        totals.mismatch += k3(sampled_N, logprobs_N.detach()).sum().item()
+        totals.clipped += surrogate.clipped.item()
+        if reference_N is not None:
+            totals.kl += surrogate.kl.item()
+            totals.kl_tokens += len(logprobs_N)
+
+    @torch.no_grad()
+    def _measure_kl(self, rows: Sequence[Row], totals: Totals) -> None:
+        for batch, chosen in self._batches(rows):
+            sampled_N, _ = self._token_values(chosen)
+            totals.kl += k3(sampled_N, self._reference(batch)).sum().item()
+            totals.kl_tokens += len(sampled_N)
+
+    @torch.no_grad()
+    def _measure_mismatch(self, rows: Sequence[Row], totals: Totals) -> None:
+        for batch, chosen in self._batches(rows):
+            sampled_N, _ = self._token_values(chosen)
+            logprobs_N = self._policy.logprobs(batch, temperature=self._temperature)
+            totals.mismatch += k3(sampled_N, logprobs_N).sum().item()
+            totals.tokens += len(sampled_N)
+
+    @torch.no_grad()
+    def _reference(self, batch: MicroBatch) -> Tensor:
+        return self._policy.logprobs(batch, temperature=self._temperature, reference=True)
+
+    def _token_values(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+        """(sampler's log-probs, advantages) of the sampled tokens, in the micro-batch's order."""
+        sampled = [np.asarray(row.episode.logprobs, dtype=np.float32)[np.asarray(row.episode.sampled)] for row in rows]
+        advantages = [
+            np.full(len(tokens), row.advantage, dtype=np.float32) for tokens, row in zip(sampled, rows, strict=True)
+        ]
+        device = self._policy.base.device
+        return (
+            torch.from_numpy(np.concatenate(sampled)).to(device),
+            torch.from_numpy(np.concatenate(advantages)).to(device),
+        )
+
+    def _check_sampler(self, mismatch: float) -> None:
+        """The canary: rollouts come from the policy that is trained, adapter and all."""
+        limit = self._mismatch_limit
+        if not mismatch <= limit:
+            raise InternalError(
+                f"the sampler and the trainer disagree by {mismatch:.3g} nats a token (at most {limit:g} is rounding): "
+                "the rollouts do not come from the policy that is trained"
+            )
+
+
+def _openings(episodes: Sequence[Episode]) -> list[tuple[int, int]]:
+    """For each episode, the first one with the same prompt, and the prompt's length: it is computed once."""
+    first: dict[tuple[int, ...], int] = {}
+    return [
+        (first.setdefault(tuple(episode.tokens[: episode.prompt_length]), number), episode.prompt_length)
+        for number, episode in enumerate(episodes)
+    ]

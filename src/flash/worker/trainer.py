@@ -1,0 +1,222 @@
+"""The trainer: a process with model and data and without secrets, which runs one training and says how it went.
+
+`python -m flash.worker.trainer --fd N`. Owns the way from the `job` frame to the `outcome` frame: repeatable
+settings, loading the base, choosing the algorithm, naming the failure. It reports over the channel alone, and
+ends when the channel does. torch and transformers are imported before the job is there: that takes longer than
+anything the supervisor does meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import queue
+import random
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flash.catalog.catalog import load_catalog
+from flash.config.run import RunSpec
+from flash.errors import FlashError, InternalError, OutOfMemory, Unavailable
+from flash.failpoints import failpoint
+from flash.records import EvalReport, Phase
+from flash.worker.channel import Channel, ChannelClosed, Frame
+from flash.worker.environment_host import RemoteEnvironment
+
+OUT_OF_MEMORY_STATUS = 12  # ENOMEM: the exit status when memory ran out, should the outcome frame not get through
+
+
+class ChannelReporter:
+    """training's `Reporter`, as report frames to the supervisor. Safe to use from several threads."""
+
+    def __init__(self, channel: Channel, stop: threading.Event) -> None:
+        self._channel = channel
+        self._stop = stop
+        self._total_steps: int | None = None
+
+    def phase(self, phase: Phase, *, total_steps: int | None = None) -> None:
+        self._total_steps = total_steps if total_steps is not None else self._total_steps
+        self._report("phase", {"phase": phase.value, "total_steps": self._total_steps})
+
+    def progress(self) -> None:
+        self._report("progress", {})
+
+    def log(self, text: str) -> None:
+        self._report("log", {"text": text})
+
+    def warn(self, code: str, text: str) -> None:
+        self._report("warning", {"code": code, "text": text})
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        numbers = {name: float(value) for name, value in values.items()}
+        self._report("metrics", {"step": step, "total_steps": self._total_steps, "values": numbers})
+        failpoint("trainer.step")
+
+    def checkpoint(self, folder: Path, *, step: int, final: bool, metrics: Mapping[str, float]) -> None:
+        data = {"folder": str(folder), "step": step, "final": final, "metrics": dict(metrics)}
+        self._report("checkpoint", data)
+        failpoint("trainer.saved")
+
+    def evaluation(self, report: EvalReport) -> None:
+        self._report("eval", report.model_dump())
+
+    def sample(self, step: int, sample: Mapping[str, Any]) -> None:
+        self._report("sample", {**sample, "step": step})
+
+    def should_stop(self) -> bool:
+        return self._stop.is_set()
+
+    def _report(self, kind: str, data: Mapping[str, Any]) -> None:
+        self._channel.send({"type": "report", "kind": kind, "data": data})
+
+
+def run(job: Mapping[str, Any], channel: Channel, stop: threading.Event) -> Frame:
+    """Carries out one job; every way that it may go becomes an outcome frame."""
+    try:
+        return {"type": "outcome", "outcome": _train(job, channel, stop)}
+    except ChannelClosed:
+        raise
+    except Exception as error:
+        return {"type": "outcome", "outcome": "failed", "error": named(error).to_wire()}
+
+
+def named(error: Exception) -> FlashError:
+    """What went wrong as a person will read it; the traceback goes along where the line alone explains nothing."""
+    if isinstance(error, FlashError):
+        return error
+    detail = "".join(traceback.format_exception(error))
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return Unavailable(f"the disk is full: {_first_line(error)}", remedy="free space", detail=detail)
+    if _is_out_of_memory(error):
+        return OutOfMemory(f"the device ran out of memory: {_first_line(error)}", detail=detail)
+    return InternalError(f"training failed: {type(error).__name__}: {_first_line(error)}", detail=detail)
+
+
+def _train(job: Mapping[str, Any], channel: Channel, stop: threading.Event) -> str:
+    from flash.inference.loading import load_checked
+    from flash.inference.torch_engine import TorchEngine
+    from flash.training.checkpoints import ADAPTER
+    from flash.training.evaluation import evaluate
+
+    failpoint("trainer.job")
+    spec = RunSpec.model_validate(job["spec"])
+    reporter = ChannelReporter(channel, stop)
+    environment = RemoteEnvironment(channel)
+    make_repeatable(spec.seed, threads=int(job["threads"]))
+    reporter.phase(Phase.LOADING_MODEL)
+    entry = load_catalog().get(spec.model)
+    base, fallback = load_checked(entry.source, name=entry.id, revision=entry.revision, device=job["device"])
+    if fallback is not None:
+        reporter.warn("device", fallback)
+    failpoint("trainer.loaded")
+    train = _algorithm(spec.algorithm)
+    result = train(
+        spec,
+        base,
+        environment,
+        reporter,
+        work_dir=Path(job["work_dir"]),
+        resume_from=_path(job.get("resume_from")),
+        init_from=_path(job.get("init_from")),
+        micro_batch_divisor=int(job.get("micro_batch_divisor", 1)),
+        environment_digest=str(job.get("environment_digest") or ""),
+    )
+    if result.stopped:
+        return "stopped"
+    failpoint("trainer.trained")
+    evaluate(
+        spec,
+        base,
+        TorchEngine(base),
+        environment,
+        reporter,
+        result.checkpoint / ADAPTER,
+        step=result.step,
+    )
+    return "done"
+
+
+def _algorithm(name: str) -> Any:
+    if name == "sft":
+        from flash.training import sft
+
+        return sft.train
+    from flash.training import grpo
+
+    return grpo.train
+
+
+def make_repeatable(seed: int, *, threads: int) -> None:
+    """One seed, one thread count and deterministic kernels: two equal jobs take equal steps on one machine."""
+    import torch
+
+    random.seed(seed)
+    torch.manual_seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed % 2**32)
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def _path(text: str | None) -> Path | None:
+    return Path(text) if text else None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    import torch
+
+    # A CPU allocation that fails is a plain RuntimeError with one of these texts.
+    texts = ("can't allocate memory", "not enough memory", "CUDA out of memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in texts)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")[:500]
+
+
+def _import_training() -> None:
+    """The slow imports, while the supervisor prepares the environment."""
+    try:
+        import flash.inference.torch_engine
+        import flash.training.evaluation
+        import flash.training.sft  # noqa: F401
+    except ImportError:
+        pass  # the job will fail with it, and say so
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--fd", type=int, required=True)
+    fd = parser.parse_args().fd
+    os.set_inheritable(fd, False)
+    stop = threading.Event()
+    jobs: queue.SimpleQueue[Frame] = queue.SimpleQueue()
+
+    def on_frame(frame: Frame) -> None:
+        if frame.get("type") == "job":
+            jobs.put(frame)
+        elif frame.get("type") == "stop":
+            stop.set()
+
+    channel = Channel(socket.socket(fileno=fd), on_frame=on_frame, on_close=lambda: os._exit(1)).start()
+    _import_training()
+    outcome = run(jobs.get(), channel, stop)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    failpoint("trainer.outcome")
+    try:
+        channel.send(json.loads(json.dumps(outcome, default=str)))
+    finally:
+        failed_for_memory = outcome.get("error", {}).get("code") == OutOfMemory.code
+        os._exit(OUT_OF_MEMORY_STATUS if failed_for_memory else 0)  # no thread of a library holds up the end
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""The trainer as its supervisor sees it: a child process, a channel, and what it prints.
+
+Owns starting it in a minimal environment, killing it with everything that it started, and collecting its exit.
+Knows nothing of what the frames mean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flash.errors import Unavailable
+from flash.worker.channel import Channel, ChannelClosed, Frame
+from flash.worker.environment_host import PASSED_ON
+from flash.worker.reporting import LogIntake
+
+TRAINER = (sys.executable, "-P", "-m", "flash.worker.trainer")
+
+# Beyond what any child gets: the accelerator's own variables, and where models are cached.
+_PASSED_ON = (*PASSED_ON, "HOME", "FLASH_HOME", "CUDA_HOME", "TRITON_CACHE_DIR", "XDG_CACHE_HOME")
+_PREFIXES = ("CUDA_", "NVIDIA_", "NCCL_", "HF_HOME", "HF_HUB_", "HF_ENDPOINT", "HF_DATASETS_", "TRANSFORMERS_")
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+_libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+
+def adopt_orphans() -> None:
+    """Descendants whose parents die become this process's children, so that it can find them (Linux)."""
+    if _libc is not None:
+        _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def _die_with(parent: int) -> None:
+    """Runs in the child, before its program: it is killed when the thread that started it ends (Linux)."""
+    if _libc is not None:
+        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:  # it was already too late
+            os._exit(1)
+
+
+def trainer_environment(environ: Mapping[str, str], *, device: str, threads: int) -> dict[str, str]:
+    """What a trainer needs, and no secret but the operator's own token for model downloads."""
+    kept = {
+        name: value
+        for name, value in environ.items()
+        if name in _PASSED_ON or (name.startswith(_PREFIXES) and "TOKEN" not in name)
+    }
+    if "HF_TOKEN" in environ:
+        kept["HF_TOKEN"] = environ["HF_TOKEN"]
+    if device == "cpu":
+        kept["CUDA_VISIBLE_DEVICES"] = ""
+    return {
+        **kept,
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "PASSIVE",             # threads that spin starve each other on a machine in use
+        "TOKENIZERS_PARALLELISM": "false",        # one attempt's threads are counted above
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",     # what PyTorch asks for deterministic cuBLAS
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONHASHSEED": "0",
+    }
+
+
+class TrainerProcess:
+    """One trainer, from start to the end of its output. Start it on a thread that lives as long as it should.
+
+    `on_frame` gets its frames other than calls, `on_call` its calls, `on_exit(status)` comes once, after every
+    frame and every line of output was handed over; negative for a signal, as in `subprocess`.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        work_dir: Path,
+        environment: Mapping[str, str],
+        output: LogIntake,
+        on_frame: Callable[[Frame], None],
+        on_call: Callable[[str, dict[str, Any], float | None], Any],
+        on_exit: Callable[[int], None],
+    ) -> None:
+        self._output = output
+        self._on_exit = on_exit
+        ours, theirs = socket.socketpair()
+        parent = os.getpid()
+        try:
+            self._process = subprocess.Popen(
+                [*command, "--fd", str(theirs.fileno())],
+                cwd=work_dir,
+                env=dict(environment),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+                preexec_fn=lambda: _die_with(parent),
+            )
+        except OSError as error:
+            ours.close()
+            raise Unavailable(f"the trainer can't be started: {error}") from error
+        finally:
+            theirs.close()
+        self.pid = self._process.pid
+        self._channel = Channel(ours, on_call=on_call, on_frame=on_frame, send_timeout_s=60).start()
+        self._reader = threading.Thread(target=self._read, name="trainer output", daemon=True)
+        self._reader.start()
+        threading.Thread(target=self._wait, name="trainer wait", daemon=True).start()
+
+    def send(self, frame: Mapping[str, Any]) -> None:
+        """Sends a frame; to a trainer that is gone it is no error, since its exit tells more."""
+        with contextlib.suppress(ChannelClosed):
+            self._channel.send(frame)
+
+    def kill(self) -> None:
+        """Kills it and whatever it started in its session."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+
+    def _wait(self) -> None:
+        status = self._process.wait()
+        self.kill()                    # children that outlived it hold the channel and the pipe open
+        self._channel.wait_closed(5)   # every frame it sent has been handed over
+        self._channel.close()
+        self._reader.join(5)
+        self._on_exit(status)
+
+    def _read(self) -> None:
+        stream = self._process.stdout
+        assert stream is not None
+        with stream:
+            descriptor = stream.fileno()
+            while True:
+                readable, _, _ = select.select([descriptor], [], [], 0.25)
+                if readable:
+                    chunk = os.read(descriptor, 65_536)
+                    if not chunk:
+                        break
+                    self._output.feed(chunk)
+                self._output.tick()
+                if self._output.dropped:
+                    threading.Event().wait(0.01)  # a flood slows itself down, not the rest of this process
+        self._output.close()

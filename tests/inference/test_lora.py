@@ -1,0 +1,213 @@
+"""LoRA layers and their files, held against PEFT on tiny random models."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from flash.errors import ModelError
+from flash.inference.lora import CONFIG_FILE, WEIGHTS_FILE, Adapter, Adapters, save_adapter
+
+TOKENS = torch.arange(3, 23).view(2, 10)
+
+
+def tiny(layout: str = "qwen3") -> torch.nn.Module:
+    torch.manual_seed(0)
+    common = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 128,
+    }
+    if layout == "qwen3":
+        return Qwen3ForCausalLM(Qwen3Config(**common)).eval()
+    if layout == "llama":
+        return LlamaForCausalLM(LlamaConfig(**common, tie_word_embeddings=False)).eval()
+    hybrid = Qwen3_5TextConfig(
+        **common, layer_types=["linear_attention", "full_attention"], linear_num_key_heads=2,
+        linear_num_value_heads=2, linear_key_head_dim=16, linear_value_head_dim=16,
+    )
+    return Qwen3_5ForCausalLM(hybrid).eval()
+
+
+def stir(adapter: Adapter, seed: int = 1) -> None:
+    """Gives B values, so that the adapter changes what the model says."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for pair in adapter.pairs.values():
+            pair.B.normal_(std=0.1, generator=generator)
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+@pytest.mark.parametrize("layout", ["qwen3", "llama", "qwen3_5"])
+def test_peft_loads_the_files_and_gives_the_same_logits(layout: str, tmp_path: Path) -> None:
+    model = tiny(layout)
+    adapters = Adapters(model)
+    stir(adapters.create("run", rank=4, alpha=8, seed=0))
+    save_adapter(adapters["run"], tmp_path, base_model="tiny")
+    with adapters.active("run"):
+        ours = logits(model)
+
+    theirs = logits(PeftModel.from_pretrained(tiny(layout), tmp_path))
+
+    assert torch.allclose(ours, theirs, atol=1e-6)
+    assert (ours - logits(model)).abs().max() > 0.01
+
+
+def test_a_folder_that_peft_saved_loads_here(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(3)
+    peft_model = get_peft_model(
+        tiny(), LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", init_lora_weights=False,
+                           use_rslora=True, task_type="CAUSAL_LM")
+    ).eval()
+    peft_model.save_pretrained(tmp_path)
+
+    model = tiny()
+    adapters = Adapters(model)
+    adapters.load("theirs", tmp_path)
+    with adapters.active("theirs"):
+        assert torch.allclose(logits(model), logits(peft_model), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("layout", "names"),
+    [
+        ("qwen3", "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"),
+        ("llama", "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"),
+        ("qwen3_5", "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj "
+                    "in_proj_qkv in_proj_z in_proj_b in_proj_a out_proj"),
+    ],
+)
+def test_every_linear_layer_of_the_language_model_is_adapted_and_no_other(layout: str, names: str) -> None:
+    adapter = Adapters(tiny(layout)).create("a", rank=2, alpha=2, seed=0)
+    assert adapter.target_modules() == sorted(names.split())
+    assert not [path for path in adapter.pairs if "lm_head" in path or "embed" in path]
+
+
+def test_a_new_adapter_changes_nothing_until_trained_and_a_seed_fixes_it() -> None:
+    model = tiny()
+    before = logits(model)
+    adapters = Adapters(model)
+    first = adapters.create("first", rank=4, alpha=8, seed=7)
+    again = adapters.create("again", rank=4, alpha=8, seed=7)
+    other = adapters.create("other", rank=4, alpha=8, seed=8)
+    with adapters.active("first"):
+        assert torch.equal(logits(model), before)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    assert not torch.equal(first.parameters()[0], other.parameters()[0])
+
+
+def test_adapters_switch_and_nest_and_the_base_is_never_written_to() -> None:
+    model = tiny()
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    base = logits(model)
+    adapters = Adapters(model)
+    stir(adapters.create("one", rank=4, alpha=8, seed=0), seed=1)
+    stir(adapters.create("two", rank=2, alpha=8, seed=0), seed=2)
+    with adapters.active("one"):
+        one = logits(model)
+        with adapters.active("two"):
+            two = logits(model)
+        with adapters.active(None):
+            assert torch.equal(logits(model), base)
+        assert torch.equal(logits(model), one)
+    assert not torch.equal(one, two)
+    assert torch.equal(logits(model), base)
+    adapters.remove("one")
+    with pytest.raises(ModelError, match="one"), adapters.active("one"):
+        pass
+    after = model.state_dict()
+    assert after.keys() == weights.keys()
+    assert all(torch.equal(after[name], weights[name]) for name in weights)
+
+
+def test_only_the_adapter_has_gradients_and_they_are_those_of_peft(tmp_path: Path) -> None:
+    model = tiny()
+    adapters = Adapters(model)
+    stir(adapters.create("run", rank=4, alpha=8, seed=0))
+    save_adapter(adapters["run"], tmp_path, base_model="tiny")
+    with adapters.active("run"):
+        model(TOKENS).logits.square().sum().backward()
+    peft_model = PeftModel.from_pretrained(tiny(), tmp_path, is_trainable=True)
+    peft_model(TOKENS).logits.square().sum().backward()
+    theirs = {name.replace(".default", ""): weight.grad for name, weight in peft_model.named_parameters()}
+    for path, pair in adapters["run"].pairs.items():
+        for part, weight in (("lora_A", pair.A), ("lora_B", pair.B)):
+            assert torch.allclose(weight.grad, theirs[f"base_model.model.{path}.{part}.weight"], rtol=1e-4, atol=1e-5)
+    assert all(weight.grad is None for weight in model.parameters())
+
+
+def test_saving_twice_gives_the_same_bytes_and_loading_the_same_weights(tmp_path: Path) -> None:
+    adapters = Adapters(tiny())
+    stir(adapters.create("run", rank=4, alpha=8, seed=0))
+    digests = set()
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        save_adapter(adapters["run"], folder, base_model="tiny", revision="abc")
+        digests.add(hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest())
+    assert len(digests) == 1
+    loaded = adapters.load("again", tmp_path / "a")
+    pairs = zip(loaded.parameters(), adapters["run"].parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert not any(weight.requires_grad for weight in loaded.parameters())
+
+
+def test_bf16_bases_keep_their_dtype_and_fp32_adapters() -> None:
+    model = tiny().to(torch.bfloat16)
+    adapters = Adapters(model)
+    stir(adapters.create("run", rank=4, alpha=8, seed=0))
+    with adapters.active("run"):
+        out = model(TOKENS).logits
+        out.float().sum().backward()
+    assert out.dtype == torch.bfloat16
+    assert {weight.grad.dtype for weight in adapters["run"].parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"r": 8}, "does not fit"),
+        ({"use_dora": True}, "use_dora"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"bias": "all"}, "bias"),
+        ({"peft_type": "IA3"}, "IA3"),
+        ({"r": None}, "valid r"),
+    ],
+)
+def test_files_that_are_no_plain_lora_for_this_base_are_refused(
+    change: dict, message: str, tmp_path: Path
+) -> None:
+    adapters = Adapters(tiny())
+    save_adapter(adapters.create("run", rank=4, alpha=8, seed=0), tmp_path, base_model="tiny")
+    config = json.loads((tmp_path / CONFIG_FILE).read_text())
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(config | change))
+    with pytest.raises(ModelError, match=message):
+        adapters.load("again", tmp_path)
+
+
+def test_another_base_and_broken_files_are_refused(tmp_path: Path) -> None:
+    adapters = Adapters(tiny("qwen3_5"))
+    save_adapter(adapters.create("run", rank=4, alpha=8, seed=0), tmp_path, base_model="tiny")
+    with pytest.raises(ModelError, match=r"another base|does not fit"):
+        Adapters(tiny()).load("a", tmp_path)
+    (tmp_path / WEIGHTS_FILE).write_bytes(b"torn")
+    with pytest.raises(ModelError, match="can't be read"):
+        adapters.load("a", tmp_path)
+    with pytest.raises(ModelError, match="not an adapter folder"):
+        adapters.load("a", tmp_path / "nowhere")

@@ -1,0 +1,86 @@
+"""Which rows a step trains on, how they are split, and what stands where in a micro-batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flash.inference.chat import RenderedTarget
+from flash.training.batches import TokenRows, batch_indices, collate, micro_batches, steps_per_epoch
+
+LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=40)
+
+
+@given(rows=st.integers(1, 60), size=st.integers(1, 70), seed=st.integers(0, 99))
+def test_an_epoch_is_one_pass_in_its_own_order(rows: int, size: int, seed: int) -> None:
+    per_epoch = steps_per_epoch(rows, size)
+    epochs = [
+        np.concatenate([batch_indices(rows, size, seed=seed, step=e * per_epoch + s) for s in range(1, per_epoch + 1)])
+        for e in range(2)
+    ]
+    assert all(sorted(epoch) == list(range(rows)) for epoch in epochs)
+    again = batch_indices(rows, size, seed=seed, step=1)
+    assert list(again) == list(epochs[0][:size])
+
+
+def test_epochs_and_seeds_shuffle_differently() -> None:
+    orders = [tuple(batch_indices(50, 50, seed=seed, step=step)) for seed in (0, 1) for step in (1, 2)]
+    assert len(set(orders)) == 4
+
+
+@settings(deadline=None)
+@given(lengths=LENGTHS, budget=st.integers(1, 2000), overhead=st.integers(0, 500))
+def test_micro_batches_hold_every_row_once_within_the_budget(lengths: list[int], budget: int, overhead: int) -> None:
+    groups = micro_batches(lengths, token_budget=budget, overhead_tokens=overhead)
+    assert sorted(int(i) for group in groups for i in group) == list(range(len(lengths)))
+    for group in groups:
+        padded = max(lengths[int(i)] for i in group) * len(group)
+        assert len(group) == 1 or padded <= budget
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=8), overhead=st.integers(0, 60))
+def test_no_split_into_runs_of_like_length_is_cheaper(lengths: list[int], overhead: int) -> None:
+    def cost(groups: list[list[int]]) -> int:
+        return sum(max(group) * len(group) + overhead for group in groups)
+
+    ordered = sorted(lengths, reverse=True)
+    cheapest = None
+    for cuts in range(2 ** (len(ordered) - 1)):
+        groups, group = [], [ordered[0]]
+        for place, length in enumerate(ordered[1:]):
+            if cuts >> place & 1:
+                groups.append(group)
+                group = []
+            group.append(length)
+        groups.append(group)
+        cheapest = min(cost(groups), cheapest if cheapest is not None else cost(groups))
+    found = micro_batches(lengths, token_budget=10**6, overhead_tokens=overhead)
+    assert cost([[lengths[int(i)] for i in group] for group in found]) == cheapest
+
+
+def test_each_trained_token_meets_the_state_before_it() -> None:
+    batch = collate(
+        [[5, 6, 7], [8, 9, 10, 11, 12]],
+        [[False, True, True], [True, False, False, True, True]],
+        pad_id=0,
+        device=torch.device("cpu"),
+    )
+    assert batch.tokens_B_T.tolist() == [[5, 6, 7, 0, 0], [8, 9, 10, 11, 12]]
+    assert batch.targets_N.tolist() == [6, 7, 11, 12]  # never a row's first token, never a pad
+    assert batch.tokens_B_T.reshape(-1)[batch.predictors_N].tolist() == [5, 6, 10, 11]
+
+
+@settings(deadline=None, max_examples=30)
+@given(rows=st.lists(st.tuples(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=9), st.integers(0, 9))))
+def test_rows_come_back_from_their_file_as_they_were(rows, tmp_path_factory) -> None:
+    targets = [RenderedTarget(tuple(tokens), min(start, len(tokens))) for tokens, start in rows]
+    path: Path = tmp_path_factory.mktemp("rows") / "rows.tokens"
+    stored = TokenRows.write(path, iter(targets))
+    assert [stored[i] for i in range(len(stored))] == targets
+    everything = np.arange(len(stored))
+    assert stored.trained_tokens(everything) == sum(sum(target.trained[1:]) for target in targets)

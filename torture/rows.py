@@ -1,0 +1,20 @@
+"""The table's rows, each with its long and its short form."""
+
+from __future__ import annotations
+
+from torture import archives, control_plane, fencing, fuzzing, resuming, soaking, stores
+from torture.tally import Row
+
+ROWS = (
+    Row("sft", "kill -9 of trainer, host or supervisor (SFT)", "the uninterrupted run's adapter", resuming.sft, 250, 5),
+    Row("grpo", "the same (GRPO)", "the uninterrupted run's adapter", resuming.grpo, 250, 4),
+    Row(
+        "plane", "kill -9 of the control plane", "every submit there, every event once and in order",
+        control_plane.kills, 500, 5,
+    ),
+    Row("fence", "SIGSTOP past the lease, then SIGCONT", "no write accepted, the worker leaves", fencing.stops, 200, 2),
+    Row("store", "the store fails", "nothing partial visible, no false done, no orphan", stores.faults, 5000, 60),
+    Row("archives", "malformed archives", "nothing outside the root", archives.archives, 10_000, 500),
+    Row("api", "calls made up from the schema", "no 5xx, no cross-org read", fuzzing.calls, 50_000, 500),
+    Row("soak", "run after run", "flat memory and handles", soaking.soak, 1000, 60),
+)  # fmt: skip
