@@ -102,6 +102,14 @@ class Unavailable(FlashError):
     status = 503
 
 
+class Busy(FlashError):
+    """The queue is full; the same request is welcome after `retry_after_s`."""
+
+    code = "busy"
+    status = 429
+    retry_after_s = 1.0
+
+
 class InternalError(FlashError):
     """A defect of Flash's own; `detail` has the traceback."""
 

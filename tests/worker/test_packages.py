@@ -167,7 +167,11 @@ def test_an_index_that_can_not_be_reached_is_said_to_be_that(tmp_path: Path, mon
 def test_an_installation_is_ended_at_its_limit(tmp_path: Path) -> None:
     source = tmp_path / "slow"
     source.mkdir()
-    (source / "setup.py").write_text("import time; time.sleep(60)")
+    # a build backend of its own: the limit is what is tried here, whatever the index answers and how fast
+    (source / "pyproject.toml").write_text(
+        '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+    )
+    (source / "backend.py").write_text("import time; time.sleep(60)")
     with pytest.raises(InvalidInput, match="took longer than 2 s"):
         prepare([f"slow @ file://{source}"], cache_dir=tmp_path / "cache", timeout_s=2)
 

@@ -26,6 +26,8 @@ class Sampling:
     stop: tuple[str, ...] = ()
     seed: int = 0
     tempered_logprobs: bool = False
+    top_logprobs: int = 0  # how many alternatives to report beside each token (serving)
+    grammar: str | None = None  # what `structured.compile_schema` made: tokens outside it are never drawn (serving)
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Request:
     sampling: Sampling
     n: int = 1
     adapter: str | None = None       # a loaded adapter's name; None is the bare base
+    prompt_logprobs: bool = False    # serving: report the prompt's own log-probabilities
+    cache_scope: str = ""            # serving: prefixes are shared within one scope (an org) and adapter only
 
 
 @dataclass(frozen=True)
@@ -92,5 +96,78 @@ class Engine(Protocol):
 
     def stream(self, requests: Sequence[Request]) -> Iterator[TokenDelta]:
         """The same completions token by token; closing the iterator cancels what is unfinished."""
+
+    def close(self) -> None: ...
+
+
+# --- serving: many callers, one model ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A token with its fp32 log-probability and the `top_logprobs` likeliest alternatives, best first."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """The prompt is in; comes once, before the first `Sampled`.
+
+    `cached_tokens` of it were taken from the prefix cache. `prompt` scores every prompt token but the first,
+    when `Request.prompt_logprobs` asked for it.
+    """
+
+    cached_tokens: int
+    prompt: tuple[Scored, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One more token of one sample. `finish_reason` is set on a sample's last token."""
+
+    sample: int
+    scored: Scored
+    finish_reason: Literal["stop", "length"] | None = None
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The request can't go on; nothing follows."""
+
+    error: Exception
+
+
+Sink = Callable[[Prefilled | Sampled | Failed], None]
+"""Called from the engine's thread for every piece of news; it must return at once and never raise."""
+
+
+class Ticket(Protocol):
+    def cancel(self) -> None:
+        """Takes the request out of the batch; at most one more piece of news arrives after this returns."""
+
+
+class ServingEngine(Protocol):
+    """Requests join and leave a running batch; adapters of one base are mixed freely within it.
+
+    Every method may be called from any thread.
+    """
+
+    def load_adapter(self, name: str, folder: Path) -> None: ...
+
+    def unload_adapter(self, name: str) -> None:
+        """Waits for the requests in flight on it."""
+
+    def submit(self, request: Request, sink: Sink) -> Ticket:
+        """Raises InvalidInput for what can't be served and `errors.Busy` when the queue is full.
+
+        `max_tokens = 0` is allowed together with `prompt_logprobs` (log-likelihoods): one `Prefilled` and,
+        for each sample, nothing more.
+        """
+
+    def stats(self) -> dict[str, float]:
+        """Gauges and counters for /metrics: running, waiting, tokens_total, prefix_hit_tokens_total, ..."""
 
     def close(self) -> None: ...
