@@ -17,6 +17,7 @@ class FlashError(Exception):
 
     code: ClassVar[str] = "error"
     status: ClassVar[int] = 400
+    retry_after_s: float | None = None  # when the same request is welcome again, where that can be told
 
     def __init__(self, message: str, *, remedy: str | None = None, detail: str | None = None) -> None:
         super().__init__(message)
@@ -107,7 +108,7 @@ class Busy(FlashError):
 
     code = "busy"
     status = 429
-    retry_after_s = 1.0
+    retry_after_s: float = 1.0
 
 
 class InternalError(FlashError):

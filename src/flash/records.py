@@ -1,4 +1,5 @@
-"""The shapes on the wire and in the database: Run, Attempt, Event, Checkpoint, Adapter, EnvironmentVersion.
+"""The shapes on the wire and in the database: Run, Attempt, Event, Checkpoint, Adapter, EnvironmentVersion,
+Deployment, Engine.
 
 Frozen data and the vocabularies that go with it; no behaviour beyond that, no storage, no HTTP.
 Times are UTC seconds since the epoch (float) everywhere on the wire.
@@ -234,6 +235,77 @@ class RetryRequest(Record):
     secrets: dict[str, str] = Field(default_factory=dict, repr=False)
 
 
+# --- serving ----------------------------------------------------------------------------------------
+
+
+class EngineState(StrEnum):
+    WAITING = "waiting"      # wanted; no device yet
+    LAUNCHING = "launching"  # has a device; the launcher was or will be asked
+    LOADING = "loading"      # its host reports, and loads the base
+    READY = "ready"
+    DRAINING = "draining"    # finishes what it has and leaves
+    ENDING = "ending"        # to be killed; its device is not free yet
+    ENDED = "ended"          # known dead
+
+
+class Revision(Record):
+    """One adapter of one step, which never changes; what a deployment points to."""
+
+    run_id: str
+    step: int
+    adapter_sha256: str  # flash.serving.hello.adapter_digest
+    model: str           # the base's catalog id
+
+    @property
+    def ref(self) -> str:
+        return f"{self.run_id}/step-{self.step}"
+
+
+class EngineView(Record):
+    engine_id: str
+    model: str
+    state: EngineState
+    device: str | None = None
+    reason: str | None = None  # why it waits, leaves or ended
+    started_at: float | None = None
+
+
+class Deployment(Record):
+    """What a run's name answers with now."""
+
+    run_id: str
+    ref: str  # "<run-id>/step-N": the step that is live
+    step: int
+    model: str  # the base
+    adapter_sha256: str
+    version: int  # rises with every change of this name
+    deployed_at: float
+    engine: EngineView | None = None  # none while no one has asked for a while; the next request starts one
+
+
+class DeployRequest(Record):
+    """Body of `POST /api/deployments`. Without `step`: the run's final adapter."""
+
+    run_id: str = Field(max_length=200)
+    step: int | None = Field(default=None, ge=0, lt=2**53)
+    verify: bool = True    # a smoke completion has to succeed before the name moves
+    dry_run: bool = False  # say what would happen, change nothing
+
+
+class DeployAnswer(Record):
+    """`waiting` means: ask again; nothing has moved yet, and `wait` says why."""
+
+    state: Literal["planned", "waiting", "live"]
+    ref: str
+    step: int
+    model: str
+    adapter_sha256: str
+    live: str | None = None  # the ref that answers now
+    device: str | None = None  # where the engine is, or would be placed now
+    engine: EngineView | None = None
+    wait: str | None = None
+
+
 # --- the worker API ---------------------------------------------------------------------------------
 
 
@@ -246,6 +318,7 @@ class Claim(Record):
     secrets: dict[str, str] = Field(repr=False)
     environment: EnvironmentVersion
     store_url: str
+    store_options: dict[str, str] = Field(default_factory=dict, repr=False)  # a bucket's settings, keys included
     work_dir: str
     resume_from: Manifest | None = None   # newest verified checkpoint of this run
     init_from: Manifest | None = None     # warm start's source (adapter files only)

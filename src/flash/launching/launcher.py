@@ -6,20 +6,32 @@ server probes them again.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
 class LaunchRequest:
-    """One attempt to start. The token is handed over a pipe, never in argv or the environment."""
+    """One worker to start: an attempt's supervisor, or an engine's host.
 
-    attempt_id: str           # "<run-id>.<epoch>"
+    The token is handed over a pipe, never in argv or the environment.
+    """
+
+    attempt_id: str           # "<run-id>.<epoch>", or the engine's id: what the worker is known by
     api_url: str              # the control plane, as the worker reaches it
     token: str = field(repr=False)
     work_dir: str
     device: str               # "cpu", "cuda:0"
+    engine: Mapping[str, Any] | None = field(default=None, repr=False)  # an engine host's hello; None: a supervisor
+
+    def hello(self, device: str) -> dict[str, Any]:
+        """The one line of JSON that the worker reads; `device` is the name by which it sees its own."""
+        if self.engine is not None:
+            return {**self.engine, "device": device}
+        names = ("attempt_id", "api_url", "token", "work_dir")
+        return {**{name: getattr(self, name) for name in names}, "device": device}
 
 
 class Probe(StrEnum):
@@ -30,15 +42,16 @@ class Probe(StrEnum):
 
 class Launcher(Protocol):
     def devices(self) -> list[str]:
-        """What this launcher can place attempts on, one attempt each, e.g. ["cpu"] or ["cuda:0", "cuda:1"]."""
+        """What this launcher can place workers on, e.g. ["cpu"] or ["cuda:0", "cuda:1"]; who may share one is
+        the control plane's to say."""
 
     def launch(self, request: LaunchRequest) -> str:
-        """Starts a supervisor and returns its handle. Idempotent by attempt id."""
+        """Starts a worker and returns its handle. Idempotent by its id."""
 
     def probe(self, handle: str) -> Probe: ...
 
     def kill(self, handle: str) -> None:
-        """Kills the supervisor and all its descendants; returns without waiting. Probe tells when it is dead."""
+        """Kills the worker's process and all its descendants; returns without waiting. Probe tells when it is dead."""
 
     def list(self) -> dict[str, str]:
-        """Handles of every live attempt found, by attempt id (orphan clean-up)."""
+        """Handles of every live worker found, by its id (orphan clean-up)."""

@@ -1,4 +1,4 @@
-"""Workers as child processes of this machine, one a device.
+"""Workers as child processes of this machine: supervisors of attempts and hosts of engines.
 
 Owns starting, recognising and killing process trees. A worker is known by its pid and start time, so a pid
 that the system gave to another program is never taken for it, and by a mark in its environment (the attempt's
@@ -25,13 +25,14 @@ from flash.launching.hardware import local_devices
 from flash.launching.launcher import LaunchRequest, Probe
 
 SUPERVISOR = (sys.executable, "-P", "-m", "flash.worker.supervisor")
+ENGINE_HOST = (sys.executable, "-P", "-m", "flash.serving.host")
 MARK = "FLASH_ATTEMPT_ID"
 # These have a way of their own into a worker (its claim), or none at all.
 _WITHHELD = ("FREESOLO_API_KEY", "WANDB_API_KEY", "GITHUB_TOKEN", "FLASH_API_URL")
 
 
 class LocalLauncher:
-    """`work_root` is `$FLASH_HOME/work`; attempts live in `<run-id>/<epoch>` below it."""
+    """`work_root` is `$FLASH_HOME/work`; workers live in folders of their own below it."""
 
     def __init__(
         self,
@@ -39,9 +40,11 @@ class LocalLauncher:
         *,
         devices: Sequence[str] | None = None,
         command: Sequence[str] = SUPERVISOR,
+        engine_command: Sequence[str] = ENGINE_HOST,
     ) -> None:
         self._root = work_root
         self._command = tuple(command)
+        self._engine_command = tuple(engine_command)
         self._devices = None if devices is None else list(devices)
         self._children: dict[str, subprocess.Popen[bytes]] = {}  # by handle: ours to reap
         self._attempts: dict[str, str] = {}  # attempt id by handle
@@ -63,9 +66,9 @@ class LocalLauncher:
         work_dir = Path(request.work_dir)
         try:
             work_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with (work_dir / "supervisor.log").open("ab") as log:
+            with (work_dir / ("supervisor.log" if request.engine is None else "host.log")).open("ab") as log:
                 child = subprocess.Popen(
-                    self._command,
+                    self._command if request.engine is None else self._engine_command,
                     stdin=subprocess.PIPE,
                     stdout=log,
                     stderr=log,
@@ -79,13 +82,7 @@ class LocalLauncher:
         self._children[handle] = child
         self._attempts[handle] = request.attempt_id
         _write_json(self._note(request.attempt_id), {"attempt_id": request.attempt_id, "handle": handle})
-        hello = {
-            "attempt_id": request.attempt_id,
-            "api_url": request.api_url,
-            "token": request.token,
-            "work_dir": request.work_dir,
-            "device": "cuda:0" if request.device.startswith("cuda:") else request.device,
-        }
+        hello = request.hello("cuda:0" if request.device.startswith("cuda:") else request.device)
         assert child.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it died at once: the next probe tells
             child.stdin.write(json.dumps(hello).encode() + b"\n")

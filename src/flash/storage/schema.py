@@ -198,3 +198,65 @@ secrets = Table(
     Column("name", String(200), primary_key=True),
     Column("sealed", LargeBinary, nullable=False),
 )
+
+revisions = Table(
+    "revisions",
+    metadata,
+    Column("run_id", ForeignKey("runs.id"), primary_key=True),
+    Column("step", BigInteger, primary_key=True),
+    Column("adapter_sha256", String(64), primary_key=True),
+    Column("org_id", ForeignKey("orgs.id"), nullable=False),
+    Column("model", Text, nullable=False),  # the base's catalog id
+    Column("manifest_key", Text, nullable=False),  # where the store says which files it has
+    Column("created_at", Double, nullable=False),
+)
+
+deployments = Table(
+    "deployments",
+    metadata,
+    Column("run_id", ForeignKey("runs.id"), primary_key=True),
+    Column("org_id", ForeignKey("orgs.id"), nullable=False),
+    Column("version", Integer, nullable=False),  # rises with every change
+    Column("step", BigInteger),  # with adapter_sha256: the revision that is live; none after an undeploy
+    Column("adapter_sha256", String(64)),
+    Column("created_at", Double, nullable=False),
+    Column("updated_at", Double, nullable=False),
+    Index("deployments_by_org", "org_id"),
+)
+
+deployment_history = Table(
+    "deployment_history",
+    metadata,
+    Column("run_id", ForeignKey("deployments.run_id"), primary_key=True),
+    Column("version", Integer, primary_key=True),
+    Column("time", Double, nullable=False),
+    Column("action", String(16), nullable=False),  # deploy | undeploy
+    Column("from_step", BigInteger),
+    Column("to_step", BigInteger),
+    Column("adapter_sha256", String(64)),
+    Column("verified", Boolean, nullable=False),  # whether a smoke completion had succeeded
+)
+
+engines = Table(
+    "engines",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("model", Text, nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("device", String(64)),
+    Column("work_dir", Text, nullable=False),
+    Column("token_sha256", String(64), nullable=False),  # by which the host is known here
+    Column("sealed_token", LargeBinary),  # the same token, by which the host knows us; gone with the engine
+    Column("handle", Text),
+    Column("pid", BigInteger),
+    Column("url", Text),
+    Column("created_at", Double, nullable=False),
+    Column("ready_at", Double),
+    Column("heartbeat_at", Double),
+    Column("ended_at", Double),
+    Column("in_flight", Integer, nullable=False),
+    Column("stats", Json, nullable=False),
+    Column("reason", Text),  # why it waits, leaves or ended
+    Column("error", Json),
+    Index("engines_by_state", "state"),
+)

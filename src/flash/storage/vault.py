@@ -1,6 +1,6 @@
-"""Secrets at rest: sealed with AES-256-GCM under a key file, gone when the run ends.
+"""Secrets at rest: sealed with AES-256-GCM under a key file, gone when the run (or engine) ends.
 
-Owns the key and the sealing. A sealed value is bound to its run and name: moved to another
+Owns the key and the sealing. A sealed value is bound to its owner and name: moved to another
 row, it won't open.
 """
 
@@ -43,22 +43,26 @@ class Vault:
 
     def store(self, connection: Connection, run_id: str, values: Mapping[str, str]) -> None:
         for name, value in values.items():
-            nonce = secrets.token_bytes(_NONCE_BYTES)
-            sealed = nonce + self._cipher.encrypt(nonce, value.encode(), _binding(run_id, name))
+            sealed = self.seal(run_id, name, value)
             connection.execute(insert(schema.secrets).values(run_id=run_id, name=name, sealed=sealed))
 
     def open_all(self, connection: Connection, run_id: str) -> dict[str, str]:
         """The run's secrets, opened."""
         rows = connection.execute(select(schema.secrets).where(schema.secrets.c.run_id == run_id))
-        return {row.name: self._open(run_id, row.name, row.sealed) for row in rows}
+        return {row.name: self.unseal(run_id, row.name, row.sealed) for row in rows}
 
-    def _open(self, run_id: str, name: str, sealed: bytes) -> str:
+    def seal(self, owner: str, name: str, value: str) -> bytes:
+        nonce = secrets.token_bytes(_NONCE_BYTES)
+        return nonce + self._cipher.encrypt(nonce, value.encode(), _binding(owner, name))
+
+    def unseal(self, owner: str, name: str, sealed: bytes) -> str:
+        """What `seal` sealed for this owner under this name."""
         nonce, body = sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:]
         try:
-            return self._cipher.decrypt(nonce, body, _binding(run_id, name)).decode()
+            return self._cipher.decrypt(nonce, body, _binding(owner, name)).decode()
         except InvalidTag:
             raise InternalError(
-                f"the secret {name} of run {run_id} does not open: vault.key is not the one that sealed it",
+                f"the secret {name} of {owner} does not open: vault.key is not the one that sealed it",
                 remedy="restore the key file, or submit the run again",
             ) from None
 
@@ -72,8 +76,8 @@ def forget(connection: Connection, run_id: str) -> None:
     connection.execute(delete(schema.secrets).where(schema.secrets.c.run_id == run_id))
 
 
-def _binding(run_id: str, name: str) -> bytes:
-    return f"{run_id}\0{name}".encode()
+def _binding(owner: str, name: str) -> bytes:
+    return f"{owner}\0{name}".encode()
 
 
 def _write_key(path: Path) -> None:
