@@ -6,6 +6,7 @@ it through the worker's own uploader, to a store that takes `store_s` seconds an
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import tempfile
@@ -14,12 +15,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from flash.artifacts.store import Store
 from flash.config.load import parse_config
 from flash.config.recipes import resolve
 from flash.environments.loading import LocalEnvironment
+from flash.inference.lanes import share_cpus
 from flash.inference.loading import load_base
 from flash.records import CheckpointReport
 from flash.training import grpo, sft
@@ -59,7 +59,6 @@ class Reporter(RecordingReporter):
 
 def main() -> None:
     job = json.loads(sys.stdin.read())
-    torch.set_num_threads(job["threads"])
     algorithm = {"sft": sft, "grpo": grpo}[job["algorithm"]]
     waited, saves = 0.0, 0
     write: Any = algorithm.write_checkpoint
@@ -87,6 +86,7 @@ def main() -> None:
         uploader.start()
         environment = LocalEnvironment(Path(job["environment"]), {}, Path(folder))
         base = load_base(Path(job["model"]))
+        base = dataclasses.replace(base, lanes=share_cpus(base.model, job["threads"]))  # as the trainer does
         reporter = Reporter(uploader)
         began = time.perf_counter()
         algorithm.train(spec, base, environment, reporter, work_dir=Path(folder))

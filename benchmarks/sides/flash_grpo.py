@@ -11,11 +11,10 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
-
 from flash.config.load import parse_config
 from flash.config.recipes import resolve
 from flash.environments.protocol import EnvironmentInfo, EpisodeStart, FinishedEpisode, Rows, Score
+from flash.inference.lanes import share_cpus
 from flash.inference.loading import load_base
 from flash.training import grpo
 from flash.training.reporter import RecordingReporter
@@ -51,7 +50,6 @@ class Clock(RecordingReporter):
 
 def main() -> None:
     job = json.load(sys.stdin)
-    torch.set_num_threads(job["threads"])
     config, _ = parse_config({
         "model": "flash/nano",
         "algorithm": "grpo",
@@ -64,6 +62,7 @@ def main() -> None:
     })  # fmt: skip
     # no token ends a completion, so that every one has max_tokens, as on the other side
     base = dataclasses.replace(load_base(Path(job["model"])), stop_ids=())
+    base = dataclasses.replace(base, lanes=share_cpus(base.model, job["threads"]))  # as the trainer does
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         grpo.train(resolve(config, seed=0), base, Prompts(job["inputs"]), clock, work_dir=Path(folder))

@@ -3,6 +3,7 @@
 Reads a job (JSON on stdin), prints one JSON line.
 """
 
+import dataclasses
 import json
 import sys
 import tempfile
@@ -10,11 +11,10 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-
 from flash.config.load import parse_config
 from flash.config.recipes import resolve
 from flash.environments.loading import LocalEnvironment
+from flash.inference.lanes import share_cpus
 from flash.inference.loading import load_base
 from flash.training import sft
 from flash.training.reporter import RecordingReporter
@@ -32,7 +32,6 @@ class Clock(RecordingReporter):
 
 def main() -> None:
     job = json.load(sys.stdin)
-    torch.set_num_threads(job["threads"])
     config, _ = parse_config({
         "model": "flash/nano",
         "environment": {"id": "local/bench"},
@@ -42,12 +41,12 @@ def main() -> None:
             "max_steps": job["warmup_steps"] + job["steps"], "save_every": 1_000_000,
         },
     })
+    base = load_base(Path(job["model"]))
+    base = dataclasses.replace(base, lanes=share_cpus(base.model, job["threads"]))  # as the trainer does
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         environment = LocalEnvironment(Path(job["environment"]), {}, Path(folder) / "env")
-        sft.train(
-            resolve(config, seed=0), load_base(Path(job["model"])), environment, clock, work_dir=Path(folder)
-        )
+        sft.train(resolve(config, seed=0), base, environment, clock, work_dir=Path(folder))
     seconds = clock.ends[-1] - clock.ends[job["warmup_steps"] - 1]
     print(json.dumps({
         "rows_per_s": job["steps"] * job["batch_size"] / seconds,

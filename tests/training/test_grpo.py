@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from flash.config.run import RunConfig, RunSpec
 from flash.environments.loading import LocalEnvironment
 from flash.environments.protocol import EpisodeStart, Score
 from flash.errors import InternalError, InvalidInput, UserCodeError
+from flash.inference.lanes import Lanes
 from flash.inference.loading import BaseModel
 from flash.training.grpo import limits_of, row_at, train
 from flash.training.policy import build_policy
@@ -82,11 +84,12 @@ def run(base: BaseModel, tmp_path: Path) -> Callable[..., tuple[TrainResult, Rec
         folder = tmp_path / name
         folder.mkdir()
         multi_turn = options.pop("multi_turn", False)
+        model = replace(base, lanes=Lanes(options.pop("lanes", 1)))
         environment = LocalEnvironment(
             package(folder / "package", reward, rows=rows, multi_turn=multi_turn), {}, folder
         )
         try:
-            return train(spec, base, environment, reporter, work_dir=folder, **options), reporter
+            return train(spec, model, environment, reporter, work_dir=folder, **options), reporter
         finally:
             environment.close()
 
@@ -147,6 +150,19 @@ def test_one_seed_gives_the_same_rollouts_and_the_same_bytes(run) -> None:
     for name in ("adapter_config.json", "flash.json", "README.md"):
         paths = [result.checkpoint / "adapter" / name for result in (first, second)]
         assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.1])
+def test_lanes_change_the_speed_alone(penalty: float, run) -> None:
+    spec = grpo_spec(batch_size=8, group_size=8, steps=3, kl_penalty_coef=penalty)  # enough work for three lanes
+    (first, one), (second, two) = (run(spec, lanes=3, name=name) for name in ("first", "second"))
+    assert digest(first) == digest(second)
+    assert one.of("sample") == two.of("sample")
+    assert [without_times(v) for v in steps(one)] == [without_times(v) for v in steps(two)]
+    _, alone = run(spec, name="alone")
+    opening, other = without_times(steps(alone)[0]), without_times(steps(one)[0])
+    assert opening == pytest.approx(other, rel=1e-3, abs=1e-6)  # sums in another order, nothing else
+    assert all(v["mismatch_kl"] < 1e-6 for v in steps(one))
 
 
 @pytest.mark.parametrize("stop_at", [1, 3])

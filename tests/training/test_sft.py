@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 
 from flash.environments.loading import LocalEnvironment
 from flash.errors import InvalidInput, ModelError, OutOfMemory
+from flash.inference.lanes import Lanes
 from flash.inference.loading import BaseModel, load_base
 from flash.records import Phase
 from flash.training.optimizer import out_of_memory
@@ -22,7 +24,7 @@ from flash.training.sft import TrainResult, train
 
 @pytest.fixture
 def run(base: BaseModel, environment: LocalEnvironment, tmp_path: Path) -> Callable[..., tuple]:
-    def start(spec, reporter=None, *, name="work", environment=environment, **options):
+    def start(spec, reporter=None, *, name="work", environment=environment, base=base, **options):
         reporter = reporter or RecordingReporter()
         work_dir = tmp_path / name
         work_dir.mkdir(exist_ok=True)
@@ -158,6 +160,19 @@ def test_held_out_loss_comes_with_each_save_where_there_is_an_eval_split(run, sp
     plain, reporter = run(spec(save_every=4), name="plain", environment=without)
     assert not [d for d in reporter.of("metrics") if "eval_loss" in d["values"]]
     assert digest(plain) == digest(result)  # measuring changes nothing
+
+
+def test_lanes_change_the_speed_alone(run, spec, base) -> None:
+    from safetensors.torch import load_file
+
+    wide = spec(batch_size=21)  # enough rows for three lanes
+    alone, one = run(wide, name="alone")
+    first, two = run(wide, name="first", base=replace(base, lanes=Lanes(3)))
+    second, _ = run(wide, name="second", base=replace(base, lanes=Lanes(3)))
+    assert digest(first) == digest(second)
+    weights = [load_file(r.checkpoint / "adapter" / "adapter_model.safetensors") for r in (alone, first)]
+    assert all(torch.allclose(weights[0][name], weights[1][name], atol=1e-5) for name in weights[0])
+    assert steps(one)[0]["loss"] == pytest.approx(steps(two)[0]["loss"], rel=1e-5)
 
 
 def test_any_micro_batch_split_trains_the_same_adapter(run, spec, base) -> None:

@@ -1,29 +1,37 @@
 """Loads a base model and its tokenizer, ready to wear adapters.
 
-Owns where weights come from (a folder or a Hugging Face id), the device and dtype they land on, and which
-tokens end a turn. Runs no code from a model's repository and reads safetensors only. Knows nothing of
-the catalog: a caller hands over a folder or an id.
+Owns the device and dtype that weights land on, which tokens end a turn, and the refusal of models that only seem to
+load. Runs no code from a model's repository and reads safetensors only. How files come to this machine is
+`fetching`'s, what a folder must hold `model_files`'. Knows nothing of the catalog: a caller hands over a folder or an
+id.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
-import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from flash.errors import ModelError, OutOfMemory
+from flash.inference.fetching import Progress, locate
+from flash.inference.lanes import ONE_LANE, Lanes
 from flash.inference.lora import Adapters
+from flash.inference.model_files import check
 
 transformers_logging.disable_progress_bar()
+
+_LOCAL: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+_LAYER = re.compile(r"(model\.)?(language_model\.)?layers\.")
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,7 @@ class BaseModel:
     context_length: int
     device: torch.device
     dtype: torch.dtype
+    lanes: Lanes = ONE_LANE  # how much of its work runs side by side
 
     @property
     def backbone(self) -> nn.Module:
@@ -94,47 +103,41 @@ def load_base(
     revision: str | None = None,
     device: str | None = None,
     dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
 ) -> BaseModel:
-    """Loads a base from a local folder or a Hugging Face id at `revision`.
+    """Loads a base from a folder (a Path, or an absolute one as text) or a Hugging Face id at `revision`.
 
     `name` is what adapters will call their base (default: the source as given). The dtype is bf16 on a
-    GPU and fp32 on a CPU unless given. Raises ModelError (missing, gated, offline, not a causal language
-    model, not safetensors) and OutOfMemory.
+    GPU and fp32 on a CPU unless given. `progress` hears of a download. Raises ModelError (missing, gated, offline,
+    damaged, not a causal language model, not safetensors), Unavailable (no network, a full disk) and OutOfMemory.
     """
     label = name or str(source)
     place = torch.device(device or best_device())
     kind = dtype or (torch.float32 if place.type == "cpu" else torch.bfloat16)
-    where = str(source)
-    if Path(where).is_absolute() and not Path(where).is_dir():
-        raise ModelError(f"{label}: there is no model folder at {where}")
-    common: dict[str, Any] = {
-        "revision": revision,
-        "trust_remote_code": False,
-        "token": os.environ.get("HF_TOKEN"),
-    }
+    found = locate(source, revision=revision, label=label, progress=progress)
+    if found.note is not None:
+        logging.getLogger(__name__).warning("%s", found.note)
+    check(found.folder, label)
     try:
-        config = AutoConfig.from_pretrained(where, **common)
-        tokenizer = AutoTokenizer.from_pretrained(where, **common)
+        config = AutoConfig.from_pretrained(found.folder, **_LOCAL)
+        tokenizer = AutoTokenizer.from_pretrained(found.folder, **_LOCAL)
+        _check_vocabulary(label, tokenizer, config)
         model, report = AutoModelForCausalLM.from_pretrained(
-            where,
+            found.folder,
             config=config,
             dtype=kind,
             use_safetensors=True,
             attn_implementation="sdpa",
             output_loading_info=True,
-            **common,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            **_LOCAL,
         )
         model = model.to(place).eval()
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(f"{label} does not fit into the memory of {place}: {error}") from error
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, ImportError, AssertionError, SafetensorError) as error:
         raise _explained(label, error) from error
-    if absent := sorted(report["missing_keys"]):  # they were filled with random numbers
-        raise ModelError(f"{label}: its weights are incomplete: {absent[0]} and {len(absent) - 1} more are missing")
-    if tokenizer.chat_template is None:
-        raise ModelError(
-            f"{label}: its tokenizer has no chat template", remedy="choose an instruction-tuned model"
-        )
+    _check_report(label, report)
     stop_ids = _stop_ids(tokenizer, config, getattr(model, "generation_config", None))
     if not stop_ids:
         raise ModelError(f"{label}: neither its tokenizer nor its configuration names an end-of-text token")
@@ -142,7 +145,7 @@ def load_base(
     text_config = config.get_text_config()
     return BaseModel(
         name=label,
-        revision=revision or getattr(config, "_commit_hash", None),
+        revision=found.commit or revision,
         model=model,
         tokenizer=tokenizer,
         adapters=Adapters(model),
@@ -152,6 +155,52 @@ def load_base(
         device=place,
         dtype=kind,
     )
+
+
+def _check_vocabulary(label: str, tokenizer: Any, config: Any) -> None:
+    """The tokens of text and of the chat template must have a row in the embedding."""
+    if tokenizer.chat_template is None:
+        raise ModelError(
+            f"{label}: its tokenizer has no chat template", remedy="choose an instruction-tuned model"
+        )
+    try:
+        greeting = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    except TemplateError as error:
+        raise ModelError(f"{label}: its chat template is broken: {error}") from None
+    # Added tokens that no text leads to may lie beyond the embedding: Gemma 3's for images do in its text model.
+    used = [tokenizer.vocab_size - 1, *tokenizer(greeting, add_special_tokens=False)["input_ids"]]
+    largest = max([*used, *_stop_ids(tokenizer, config, None)])
+    rows = int(config.get_text_config().vocab_size)
+    if largest >= rows:
+        raise ModelError(
+            f"{label}: its tokenizer and its weights don't belong together: the tokenizer uses token {largest:,}, "
+            f"and config.json gives the vocabulary {rows:,}",
+            remedy="take both from the same checkpoint",
+        )
+
+
+def _check_report(label: str, report: dict[str, Any]) -> None:
+    """Every weight of the language model must have found its place; a vision tower's and MTP's need none."""
+    remedy = "take config.json and the weights from the same checkpoint"
+    if mismatched := sorted(report["mismatched_keys"]):
+        name, given, expected = mismatched[0]
+        raise ModelError(
+            f"{label}: its weights have other sizes than config.json says: {name} is {list(given)}, not "
+            f"{list(expected)}",
+            remedy=remedy,
+        )
+    if absent := sorted(report["missing_keys"]):  # they were filled with random numbers
+        raise ModelError(
+            f"{label}: its weights are incomplete: {absent[0]}{_more(absent)} missing", remedy=remedy
+        )
+    if left := sorted(filter(_LAYER.match, report["unexpected_keys"])):
+        raise ModelError(
+            f"{label}: config.json leaves out weights that are there: {left[0]}{_more(left)} unused", remedy=remedy
+        )
+
+
+def _more(names: list[str]) -> str:
+    return " is" if len(names) == 1 else f" and {len(names) - 1} more are"
 
 
 def _stop_ids(tokenizer: Any, config: Any, generation: GenerationConfig | None) -> tuple[int, ...]:
@@ -173,24 +222,13 @@ def _stop_ids(tokenizer: Any, config: Any, generation: GenerationConfig | None) 
 
 
 def _explained(label: str, error: Exception) -> ModelError:
-    """One line and a remedy for what transformers and the hub raise."""
+    """One line and a remedy for what transformers raises about a folder that looks whole."""
     text = str(error).strip()
     first = text.splitlines()[0] if text else type(error).__name__
     low = f"{type(error).__name__} {text}".lower()
-    if "gated" in low or "401" in low or "403" in low:
-        reason, remedy = "access is gated", "accept its licence on its page and set HF_TOKEN"
-    elif "safetensors" in low and ("no file" in low or "not have" in low or "not appear" in low):
-        reason, remedy = "it has no safetensors weights", "choose a model that is published as safetensors"
-    elif "trust_remote_code" in low or "custom code" in low:
-        reason, remedy = "it needs code from its own repository, which Flash does not run", (
-            "choose another model"
-        )
-    elif "connect" in low or "offline" in low or "resolve" in low or "internet" in low:
-        reason, remedy = "it is not on this machine and the model hub can't be reached", (
-            "check the network, or add a local copy to models.toml"
-        )
-    elif "not a local folder" in low or "not a valid model identifier" in low or "404" in low:
-        reason, remedy = "no such model", "check the id with `flash models`"
+    remedy: str | None
+    if "trust_remote_code" in low or "custom code" in low:
+        reason, remedy = "it needs code from its own repository, which Flash does not run", "choose another model"
     elif "unrecognized configuration class" in low or "model type" in low:
         reason, remedy = "it is not a causal language model that this version of transformers knows", (
             "choose another model, or update transformers"

@@ -21,6 +21,7 @@ from torch import Tensor
 from flash.errors import InvalidInput
 from flash.inference.decoding import Decoder, build_decoder
 from flash.inference.engine import Completion, Finished, Request, TokenDelta, Watch
+from flash.inference.lanes import balanced
 from flash.inference.loading import BaseModel
 from flash.inference.sampling import Knobs, StopMatcher, choose, stream_key, uniforms
 
@@ -28,6 +29,7 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 _MAX_ROWS = 256  # samples decoding at once
 _MAX_CACHE_TOKENS = 1 << 18  # ... as long as their longest possible transcripts stay under this
+_LEAST_ROWS = 32  # fewer are not worth a lane of their own: the interpreter is shared
 _RETIRE_PARTS = 8  # finished rows leave once they are an eighth of the batch: moving the cache costs too
 
 
@@ -61,7 +63,7 @@ class TorchEngine:
         self._stop_ids = frozenset() if ignore_stop_ids else frozenset(base.stop_ids)
         self._max_rows = max_rows
         self._max_cache_tokens = max_cache_tokens
-        self._decoder: Decoder | None = None
+        self._decoders: list[Decoder] = []  # one a lane
 
     def load_adapter(self, name: str, folder: Path) -> None:
         self._base.adapters.load(name, folder)
@@ -87,65 +89,61 @@ class TorchEngine:
                 yield TokenDelta(row.request, row.sample, row.tokens[-1], row.logprobs[-1], row.finish_reason)
 
     def close(self) -> None:
-        if self._decoder is not None:
-            self._decoder.clear()
+        for decoder in self._decoders:
+            decoder.clear()
 
     def _run(self, requests: Sequence[Request], watch: Watch | None) -> Iterator[tuple[_Row, bool]]:
         """Every sample after each of its tokens, and whether it got one (a cancelled one may not have)."""
         self._check(requests)
         for adapter in dict.fromkeys(request.adapter for request in requests):
-            chosen = [i for i, request in enumerate(requests) if request.adapter == adapter]
-            batch = _Batch(requests, chosen, self._base, self._stop_ids)
-            with self._wearing(adapter) as decoder:
-                yield from self._decode(batch, decoder, watch)
+            waiting = [
+                (i, k) for i, request in enumerate(requests) if request.adapter == adapter for k in range(request.n)
+            ]
+            with self._wearing(adapter):
+                yield from self._decode(self._lanes(requests, waiting), watch)
 
-    def _decode(self, batch: _Batch, decoder: Decoder, watch: Watch | None) -> Iterator[tuple[_Row, bool]]:
-        logits: Tensor | None = None
+    def _decode(self, lanes: Sequence[_Lane], watch: Watch | None) -> Iterator[tuple[_Row, bool]]:
         try:
-            while True:
-                with torch.inference_mode():
-                    logits = decoder.step(batch.last_tokens) if batch.rows else None
-                    logits = self._admit(batch, decoder, logits)
-                    if logits is None:
-                        return
-                    moved = batch.draw(logits)
-                # no consumer runs inside inference mode: what it computes may need gradients
+            # the lanes keep step, so that what comes out comes in one order however fast each of them is
+            while moved := [row for rows in self._base.lanes.run([lane.advance for lane in lanes]) for row in rows]:
                 cancelled = watch is not None and watch()
                 for row in moved:
                     if cancelled and row.finish_reason is None:
                         row.finish_reason = "cancelled"
                     yield row, True
                 if cancelled:
-                    for row in batch.waiting_rows():
+                    for row in (row for lane in lanes for row in lane.batch.waiting_rows()):
                         row.finish_reason = "cancelled"
                         yield row, False
                     return
-                with torch.inference_mode():
-                    batch.retire(decoder)
         finally:
-            decoder.clear()
+            for lane in lanes:
+                lane.decoder.clear()
 
-    def _admit(self, batch: _Batch, decoder: Decoder, logits: Tensor | None) -> Tensor | None:
-        """Lets waiting requests join, in order, as far as rows and cache allow; all rows' logits."""
-        if batch.rows and (not decoder.joinable or not batch.waiting):
-            return logits
-        prompts, repeats = batch.admit(self._max_rows, self._max_cache_tokens)
-        if not prompts:
-            return logits if batch.rows else None
-        joined = decoder.admit(prompts, repeats)
-        return joined if logits is None else torch.cat([logits, joined])
+    def _lanes(self, requests: Sequence[Request], waiting: list[tuple[int, int]]) -> list[_Lane]:
+        """The samples cut into one batch a lane, by index alone."""
+        parts = balanced([1] * len(waiting), min(self._base.lanes.count, max(1, len(waiting) // _LEAST_ROWS)))
+        while len(self._decoders) < len(parts):
+            self._decoders.append(build_decoder(self._base.model))
+        return [
+            _Lane(
+                _Batch(requests, waiting[part.start : part.stop], self._base, self._stop_ids),
+                decoder,
+                max(1, self._max_rows // len(parts)),
+                self._max_cache_tokens // len(parts),
+            )
+            for part, decoder in zip(parts, self._decoders, strict=False)
+        ]
 
     @contextmanager
-    def _wearing(self, adapter: str | None) -> Iterator[Decoder]:
-        """The decoder, while the model wears the adapter and is in eval mode; restored afterwards."""
+    def _wearing(self, adapter: str | None) -> Iterator[None]:
+        """The model wears the adapter and is in eval mode; restored afterwards."""
         model = self._base.model
-        if self._decoder is None:
-            self._decoder = build_decoder(model)
         training = model.training
         model.eval()
         try:
             with self._base.adapters.active(adapter):
-                yield self._decoder
+                yield
         finally:
             if training:
                 model.train()
@@ -168,18 +166,51 @@ class TorchEngine:
                 self._base.adapters[request.adapter]  # raises ModelError when it is not loaded
 
 
+@dataclass
+class _Lane:
+    """What one lane decodes, and with which decoder."""
+
+    batch: _Batch
+    decoder: Decoder
+    max_rows: int
+    max_cache_tokens: int
+
+    @torch.inference_mode()  # inside alone: what a consumer computes may need gradients
+    def advance(self) -> list[_Row]:
+        """One more token for every row that decodes; the rows that got one, none when all is done."""
+        self.batch.retire(self.decoder)
+        logits = self.decoder.step(self.batch.last_tokens) if self.batch.rows else None
+        logits = self._admit(logits)
+        return [] if logits is None else self.batch.draw(logits)
+
+    def _admit(self, logits: Tensor | None) -> Tensor | None:
+        """Lets waiting samples join, in order, as far as rows and cache allow; all rows' logits."""
+        if self.batch.rows and (not self.decoder.joinable or not self.batch.waiting):
+            return logits
+        prompts, repeats = self.batch.admit(self.max_rows, self.max_cache_tokens)
+        if not prompts:
+            return logits if self.batch.rows else None
+        joined = self.decoder.admit(prompts, repeats)
+        return joined if logits is None else torch.cat([logits, joined])
+
+
 class _Batch:
-    """The requests of one adapter: those waiting, and the rows that decode now, in the decoder's order."""
+    """Samples of one adapter: those waiting, and the rows that decode now, in the decoder's order."""
 
     def __init__(
-        self, requests: Sequence[Request], chosen: list[int], base: BaseModel, stop_ids: frozenset[int]
+        self,
+        requests: Sequence[Request],
+        waiting: list[tuple[int, int]],
+        base: BaseModel,
+        stop_ids: frozenset[int],
     ) -> None:
+        """`waiting` holds (index into `requests`, sample)."""
         self._requests = requests
         self._stop_ids = stop_ids
         self._tokenizer = base.tokenizer
         self._device = base.device
         self._matchers: dict[tuple[str, ...], StopMatcher] = {}
-        self.waiting = [(i, k) for i in chosen for k in range(requests[i].n)]
+        self.waiting = waiting
         self.rows: list[_Row] = []
         self.last_tokens = torch.zeros(0, dtype=torch.long)
         self._knobs: Knobs | None = None  # None: the rows changed

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from flash.config.run import Recipe
 from flash.errors import FlashError, InvalidInput, OutOfMemory
@@ -34,6 +34,29 @@ def learning_rate(peak: float, recipe: Recipe, *, step: int, total_steps: int) -
     if recipe.lr_schedule == "constant":
         return peak
     return peak * (total_steps - step + 1) / (total_steps - warmup)
+
+
+class Gradients:
+    """A sum of gradients in the parameters' order, kept apart from the parameters until `apply`: lanes that work
+    side by side each fill their own, and adding those up in the lanes' order gives the same bits every time."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._parameters = parameters
+        self._sums: list[Tensor] = []
+
+    def add(self, loss: Tensor) -> None:
+        """Adds the gradient of a scalar loss."""
+        found = torch.autograd.grad(loss, self._parameters)
+        if self._sums:
+            for total, gradient in zip(self._sums, found, strict=True):
+                total += gradient
+        else:
+            self._sums = list(found)
+
+    def apply(self) -> None:
+        """Adds the sums to the parameters' own `grad`."""
+        for parameter, total in zip(self._parameters, self._sums, strict=True):
+            parameter.grad = total if parameter.grad is None else parameter.grad.add_(total)
 
 
 def optimizer_step(

@@ -37,6 +37,7 @@ class Policy:
 
     def logprobs(self, batch: MicroBatch, *, temperature: float = 1.0, reference: bool = False) -> Tensor:
         """fp32 log-probabilities (N,) of the batch's trained tokens, under the adapter or the bare base."""
+        # lanes come here side by side, all for the same adapter, which their caller has put on already
         with self.base.adapters.active(None if reference else self.name):
             hidden_N_H = self.forward(batch.tokens_B_T, batch.predictors_N, batch.sharing)
         return token_logprobs(hidden_N_H, self.base.head, batch.targets_N, temperature=temperature)

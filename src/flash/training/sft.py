@@ -9,20 +9,26 @@ environment through `EnvironmentClient` and the world through `Reporter`.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from flash.config.run import RunSpec
 from flash.environments.protocol import EnvironmentClient, SFTTarget
 from flash.errors import FlashError, InvalidInput
 from flash.inference.chat import ChatRenderer, RenderedTarget
+from flash.inference.lanes import balanced
 from flash.inference.loading import BaseModel
 from flash.records import Phase
 from flash.training.batches import (
+    LEAST_TOKENS,
+    OVERHEAD_TOKENS,
     Ints,
     MicroBatch,
     TokenRows,
@@ -33,14 +39,13 @@ from flash.training.batches import (
 )
 from flash.training.checkpoints import ADAPTER, Provenance, read_state, write_checkpoint
 from flash.training.losses import negative_log_likelihood
-from flash.training.optimizer import build_optimizer, learning_rate, optimizer_step, out_of_memory
+from flash.training.optimizer import Gradients, build_optimizer, learning_rate, optimizer_step, out_of_memory
 from flash.training.policy import Policy, build_policy
 from flash.training.reporter import Reporter
 
 HELD_OUT_SPLIT, HELD_OUT_ROWS = "eval", 200
 _ROWS_PER_CALL = 256  # targets asked of the environment at once
-# What starting another micro-batch costs, in tokens of the same work: the price of less padding.
-_OVERHEAD_TOKENS = {"cpu": 128, "cuda": 2048}
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -283,39 +288,67 @@ def _accumulate_gradients(
 ) -> float:
     """Adds the batch's gradient to the parameters; returns its mean loss per trained token."""
     trained = rows.trained_tokens(indices)
+
+    def accumulate(share: Sequence[Ints]) -> tuple[Tensor, Gradients]:
+        total, gradients = torch.zeros((), device=policy.base.device), Gradients(policy.parameters())
+        for chosen in share:
+            batch = _collated(policy.base, rows, chosen)
+            loss = negative_log_likelihood(policy.logprobs(batch), normaliser=trained)
+            gradients.add(loss)
+            total += loss.detach()
+            reporter.progress()
+        return total, gradients
+
     total = torch.zeros((), device=policy.base.device)
-    for batch in _micro_batches(policy.base, rows, indices, token_budget):
-        loss = negative_log_likelihood(policy.logprobs(batch), normaliser=trained)
-        loss.backward()
-        total += loss.detach()
-        reporter.progress()
+    for part, gradients in _on_lanes(policy, accumulate, _shares(policy.base, rows, indices, token_budget)):
+        gradients.apply()
+        total += part
     return float(total)
 
 
-@torch.no_grad()
 def _mean_loss(policy: Policy, rows: TokenRows, token_budget: int, reporter: Reporter) -> float:
     indices = np.arange(len(rows))
     trained = rows.trained_tokens(indices)
-    total = torch.zeros((), device=policy.base.device)
-    for batch in _micro_batches(policy.base, rows, indices, token_budget):
-        total += negative_log_likelihood(policy.logprobs(batch), normaliser=trained)
-        reporter.progress()
-    return float(total)
+
+    @torch.no_grad()
+    def loss(share: Sequence[Ints]) -> Tensor:
+        total = torch.zeros((), device=policy.base.device)
+        for chosen in share:
+            batch = _collated(policy.base, rows, chosen)
+            total += negative_log_likelihood(policy.logprobs(batch), normaliser=trained)
+            reporter.progress()
+        return total
+
+    return float(sum(_on_lanes(policy, loss, _shares(policy.base, rows, indices, token_budget))))
 
 
-def _micro_batches(
-    base: BaseModel, rows: TokenRows, indices: Ints, token_budget: int
-) -> Iterator[MicroBatch]:
-    groups: Sequence[Ints] = micro_batches(
-        rows.lengths[indices],
-        token_budget=token_budget,
-        overhead_tokens=_OVERHEAD_TOKENS.get(base.device.type, _OVERHEAD_TOKENS["cuda"]),
+def _on_lanes(policy: Policy, work: Callable[[list[Ints]], T], shares: Sequence[list[Ints]]) -> list[T]:
+    with policy.base.adapters.active(policy.name):
+        return policy.base.lanes.run([partial(work, share) for share in shares])
+
+
+def _shares(base: BaseModel, rows: TokenRows, indices: Ints, token_budget: int) -> list[list[Ints]]:
+    """For each lane its part of the rows, in micro-batches of like length under the token budget."""
+    ordered = indices[np.argsort(-rows.lengths[indices], kind="stable")]
+    lengths = rows.lengths[ordered]
+    parts = min(base.lanes.count, max(1, int(lengths.sum()) // LEAST_TOKENS))
+    overhead = OVERHEAD_TOKENS.get(base.device.type, OVERHEAD_TOKENS["cuda"])
+    return [
+        [
+            ordered[part.start + places]
+            for places in micro_batches(
+                lengths[part.start : part.stop], token_budget=token_budget, overhead_tokens=overhead
+            )
+        ]
+        for part in balanced(lengths.tolist(), parts)
+    ]
+
+
+def _collated(base: BaseModel, rows: TokenRows, indices: Ints) -> MicroBatch:
+    chosen = [rows[int(index)] for index in indices]
+    return collate(
+        [row.tokens for row in chosen],
+        [row.trained for row in chosen],
+        pad_id=base.pad_id,
+        device=base.device,
     )
-    for group in groups:
-        chosen = [rows[int(index)] for index in indices[group]]
-        yield collate(
-            [row.tokens for row in chosen],
-            [row.trained for row in chosen],
-            pad_id=base.pad_id,
-            device=base.device,
-        )

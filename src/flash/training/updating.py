@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,14 +16,14 @@ from torch import Tensor
 
 from flash.config.run import RunSpec
 from flash.errors import InternalError
+from flash.inference.lanes import balanced
 from flash.training.advantages import all_equal, group_advantages
-from flash.training.batches import MicroBatch, collate, micro_batches
-from flash.training.optimizer import learning_rate, optimizer_step
+from flash.training.batches import LEAST_TOKENS, OVERHEAD_TOKENS, MicroBatch, collate, micro_batches
+from flash.training.optimizer import Gradients, learning_rate, optimizer_step
 from flash.training.policy import Policy
 from flash.training.rollouts import Episode, Group
 from flash.training.surrogate import k3, token_surrogate
 
-_OVERHEAD_TOKENS = {"cpu": 128, "cuda": 2048}  # what starting one more micro-batch costs, in tokens
 _MISMATCH_LIMIT = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # nats a token, sampler against trainer
 
 
@@ -30,6 +31,9 @@ _MISMATCH_LIMIT = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # nats a token, sa
 class Row:
     episode: Episode
     advantage: float
+
+
+Batch = list[Row]  # one micro-batch's
 
 
 @dataclass
@@ -42,6 +46,10 @@ class Totals:
     kl_tokens: int = 0
     clipped: float = 0.0
     loss: float = 0.0
+
+    def add(self, other: Totals) -> None:
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
 
 
 class Updater:
@@ -85,8 +93,16 @@ class Updater:
         rows = self._rows(groups)
         normaliser = self._max_tokens * sum(len(group.episodes) for group in groups)
         totals = Totals()
-        for batch, chosen in self._batches(rows):
-            self._accumulate(batch, chosen, normaliser, totals)
+        shares = self._shares(rows)
+        references = self._logprobs(shares, reference=True) if self._kl_coef else None
+        work = [
+            partial(self._accumulate, share, references[lane] if references else None, normaliser)
+            for lane, share in enumerate(shares)
+        ]
+        with self._policy.base.adapters.active(self._policy.name):
+            for part, gradients in self._policy.base.lanes.run(work):
+                totals.add(part)
+                gradients.apply()
         # one episode a group tells how far the policy is from its base, and is the canary when nothing is trained
         probe = [Row(group.episodes[0], 0.0) for group in groups]
         if not self._kl_coef:
@@ -119,67 +135,92 @@ class Updater:
             for episode, advantage in zip(group.episodes, group_advantages(group.rewards), strict=True)
         ]
 
-    def _batches(self, rows: Sequence[Row]) -> Iterator[tuple[MicroBatch, list[Row]]]:
-        """The rows in micro-batches of like length under the token budget."""
-        if not rows:
-            return
+    def _shares(self, rows: Sequence[Row]) -> list[list[Batch]]:
+        """For each lane its part of the rows, in micro-batches of like length under the token budget."""
         base = self._policy.base
-        lengths = [len(row.episode.tokens) for row in rows]
         # where openings are shared and padding costs nothing, groups stay together; else rows of like length
-        by_device = _OVERHEAD_TOKENS.get(base.device.type, _OVERHEAD_TOKENS["cuda"])
+        by_device = OVERHEAD_TOKENS.get(base.device.type, OVERHEAD_TOKENS["cuda"])
         overhead = self._token_budget if self._policy.shares_openings else by_device
-        for places in micro_batches(lengths, token_budget=self._token_budget, overhead_tokens=overhead):
-            chosen = [rows[place] for place in places]
-            batch = collate(
-                [row.episode.tokens for row in chosen],
-                [row.episode.sampled for row in chosen],
-                pad_id=base.pad_id,
-                device=base.device,
-                openings=_openings([row.episode for row in chosen]),
-            )
-            yield batch, chosen
+        lengths = [len(row.episode.tokens) for row in rows]
+        parts = min(base.lanes.count, max(1, sum(lengths) // LEAST_TOKENS))
+        return [
+            [
+                [rows[part[int(place)]] for place in places]
+                for places in micro_batches(
+                    lengths[part.start : part.stop], token_budget=self._token_budget, overhead_tokens=overhead
+                )
+            ]
+            for part in balanced(lengths, parts)
+        ]
 
-    def _accumulate(self, batch: MicroBatch, rows: list[Row], normaliser: float, totals: Totals) -> None:
-        logprobs_N = self._policy.logprobs(batch, temperature=self._temperature)
-        sampled_N, advantages_N = self._token_values(rows)
-        reference_N = self._reference(batch) if self._kl_coef else None
-        surrogate = token_surrogate(
-            logprobs_N,
-            sampled_N,
-            advantages_N,
-            clip_epsilon=self._clip_epsilon,
-            importance_cap=self._importance_cap,
-            reference_logprobs_N=reference_N,
-            kl_coef=self._kl_coef,
+    def _collated(self, rows: Batch) -> MicroBatch:
+        return collate(
+            [row.episode.tokens for row in rows],
+            [row.episode.sampled for row in rows],
+            pad_id=self._policy.base.pad_id,
+            device=self._policy.base.device,
+            openings=_openings([row.episode for row in rows]),
         )
-        loss = surrogate.loss / normaliser
-        loss.backward()
-        totals.loss += loss.item()
-        totals.tokens += len(logprobs_N)
-        totals.mismatch += k3(sampled_N, logprobs_N.detach()).sum().item()
-        totals.clipped += surrogate.clipped.item()
-        if reference_N is not None:
-            totals.kl += surrogate.kl.item()
-            totals.kl_tokens += len(logprobs_N)
 
-    @torch.no_grad()
+    def _accumulate(
+        self, share: Sequence[Batch], references: Sequence[Tensor] | None, normaliser: int
+    ) -> tuple[Totals, Gradients]:
+        """One lane's part of the totals and of the gradient."""
+        totals, gradients = Totals(), Gradients(self._parameters)
+        for number, rows in enumerate(share):
+            reference_N = references[number] if references else None
+            logprobs_N = self._policy.logprobs(self._collated(rows), temperature=self._temperature)
+            sampled_N, advantages_N = self._token_values(rows)
+            surrogate = token_surrogate(
+                logprobs_N,
+                sampled_N,
+                advantages_N,
+                clip_epsilon=self._clip_epsilon,
+                importance_cap=self._importance_cap,
+                reference_logprobs_N=reference_N,
+                kl_coef=self._kl_coef,
+            )
+            loss = surrogate.loss / normaliser
+            gradients.add(loss)
+            totals.loss += loss.item()
+            totals.tokens += len(logprobs_N)
+            totals.mismatch += k3(sampled_N, logprobs_N.detach()).sum().item()
+            totals.clipped += surrogate.clipped.item()
+            if reference_N is not None:
+                totals.kl += surrogate.kl.item()
+                totals.kl_tokens += len(logprobs_N)
+        return totals, gradients
+
     def _measure_kl(self, rows: Sequence[Row], totals: Totals) -> None:
-        for batch, chosen in self._batches(rows):
-            sampled_N, _ = self._token_values(chosen)
-            totals.kl += k3(sampled_N, self._reference(batch)).sum().item()
+        for sampled_N, reference_N in self._beside_sampler(rows, reference=True):
+            totals.kl += k3(sampled_N, reference_N).sum().item()
             totals.kl_tokens += len(sampled_N)
 
-    @torch.no_grad()
     def _measure_mismatch(self, rows: Sequence[Row], totals: Totals) -> None:
-        for batch, chosen in self._batches(rows):
-            sampled_N, _ = self._token_values(chosen)
-            logprobs_N = self._policy.logprobs(batch, temperature=self._temperature)
+        for sampled_N, logprobs_N in self._beside_sampler(rows, reference=False):
             totals.mismatch += k3(sampled_N, logprobs_N).sum().item()
             totals.tokens += len(sampled_N)
 
-    @torch.no_grad()
-    def _reference(self, batch: MicroBatch) -> Tensor:
-        return self._policy.logprobs(batch, temperature=self._temperature, reference=True)
+    def _beside_sampler(self, rows: Sequence[Row], *, reference: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        """The sampler's log-probabilities beside the trainer's (or the bare base's), batch by batch."""
+        shares = self._shares(rows)
+        for share, found in zip(shares, self._logprobs(shares, reference=reference), strict=True):
+            for batch, logprobs_N in zip(share, found, strict=True):
+                yield self._token_values(batch)[0], logprobs_N
+
+    def _logprobs(self, shares: Sequence[Sequence[Batch]], *, reference: bool) -> list[list[Tensor]]:
+        """Without a graph, for each share and micro-batch, under the policy's adapter or (`reference`) none."""
+
+        @torch.no_grad()
+        def of(share: Sequence[Batch]) -> list[Tensor]:
+            return [
+                self._policy.logprobs(self._collated(rows), temperature=self._temperature, reference=reference)
+                for rows in share
+            ]
+
+        base = self._policy.base
+        with base.adapters.active(None if reference else self._policy.name):
+            return base.lanes.run([partial(of, share) for share in shares])
 
     def _token_values(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
         """(sampler's log-probs, advantages) of the sampled tokens, in the micro-batch's order."""

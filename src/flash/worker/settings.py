@@ -19,7 +19,7 @@ VARIABLE = "FLASH_WORKER_SETTINGS"
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    threads: int = 0                      # of the trainer; 0: every CPU that it may use, or one for a small model
+    threads: int = 0                      # of the trainer; 0: every CPU that it may use
 
     # the control plane's API
     connect_timeout_s: float = 5.0

@@ -9,6 +9,7 @@ anything the supervisor does meanwhile.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import errno
 import json
 import os
@@ -100,6 +101,7 @@ def named(error: Exception) -> FlashError:
 
 
 def _train(job: Mapping[str, Any], channel: Channel, stop: threading.Event) -> str:
+    from flash.inference.lanes import share_cpus
     from flash.inference.loading import load_checked
     from flash.inference.torch_engine import TorchEngine
     from flash.training.checkpoints import ADAPTER
@@ -115,6 +117,7 @@ def _train(job: Mapping[str, Any], channel: Channel, stop: threading.Event) -> s
     base, fallback = load_checked(entry.source, name=entry.id, revision=entry.revision, device=job["device"])
     if fallback is not None:
         reporter.warn("device", fallback)
+    base = dataclasses.replace(base, lanes=share_cpus(base.model, int(job["threads"])))
     failpoint("trainer.loaded")
     train = _algorithm(spec.algorithm)
     result = train(
