@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from typing import Any
 
@@ -16,6 +15,7 @@ from transformers import AutoTokenizer
 
 from flash.errors import FlashError, InternalError, ModelError
 from flash.inference.chat import ChatRenderer
+from flash.inference.fetching import locate
 
 
 def render(renderer: ChatRenderer, example: dict[str, Any], max_length: int | None) -> dict[str, Any]:
@@ -33,9 +33,11 @@ def render(renderer: ChatRenderer, example: dict[str, Any], max_length: int | No
 def main() -> None:
     job = json.loads(sys.stdin.readline())
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            job["model"], revision=job.get("revision"), trust_remote_code=False, token=os.environ.get("HF_TOKEN")
-        )
+        found = locate(job["model"], revision=job.get("revision"), weights=False)
+        tokenizer = AutoTokenizer.from_pretrained(found.folder, trust_remote_code=False, local_files_only=True)
+    except FlashError as error:
+        print(json.dumps({"error": error.to_wire()}), flush=True)
+        return
     except (OSError, ValueError) as error:
         reason = ModelError(f"the tokenizer of {job['model']} can't be loaded: {str(error).splitlines()[0]}")
         print(json.dumps({"error": reason.to_wire()}), flush=True)
