@@ -43,11 +43,11 @@ def test_every_shipped_shape_adds_up_to_its_parameter_count(entry):
         ("Qwen/Qwen3.5-4B", 32.5),
         ("Qwen/Qwen3.5-9B", 43.3),
         ("openbmb/MiniCPM5-1B", 11.206656),
-        ("Qwen/Qwen3.6-35B-A3B", 22.5),
+        ("Qwen/Qwen3.6-35B-A3B", 22.5 + 922.7 / 8),  # routed experts: an eighth of the rank, as 8 of them work
     ],
 )
 def test_adapters_have_the_published_size(model, millions):
-    assert adapter_parameters(SHIPPED[model], 16) / 1e6 == pytest.approx(millions, abs=0.05)
+    assert adapter_parameters(SHIPPED[model], 16) / 1e6 == pytest.approx(millions, abs=0.1)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -95,7 +95,7 @@ def test_a_layer_keeps_the_bytes_that_autograd_really_saves(layout, width):
     with adapters.active("a"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model.base_model(input_ids=torch.arange(3, 3 + tokens)[None] % 512, use_cache=False)
     saved = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    casts = width * adapter_parameters(entry, rank) if width == 2 else 0
+    casts = width * adapter_parameters(entry, rank, width=width) if width == 2 else 0
     assert kept_bytes(entry, rank=rank, width=width) * tokens + casts == pytest.approx(saved, rel=0.03)
 
 

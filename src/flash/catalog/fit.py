@@ -88,7 +88,8 @@ def memory_needed(spec: RunSpec, entry: ModelEntry, kind: Kind = "gpu", tokens: 
     lean = kind == "cpu" and entry.layout in ("qwen3", "llama") and entry.params <= _LEAN_MOST
     activations = tokens * (kept_bytes(entry, rank=spec.train.lora_rank, width=width) + 2 * width * shape.hidden)
     activations += 4 * adapted_weights(entry) if lean else 0
-    activations += width * trained if kind == "gpu" else 0  # the adapter's matrices in bf16
+    if kind == "gpu":  # the adapter's matrices in bf16
+        activations += width * adapter_parameters(entry, spec.train.lora_rank, width=width)
     # one layer's gradients with respect to what it kept exist while it is passed through backwards
     activations += tokens * kept_bytes(entry, rank=0, width=width) // shape.layers
     # fp32 logits and the exponentials of their sum, both beside the hidden states' slope

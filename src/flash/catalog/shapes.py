@@ -89,15 +89,36 @@ def body_parameters(entry: ModelEntry) -> int:
     return total
 
 
-def adapter_parameters(entry: ModelEntry, rank: int) -> int:
-    """LoRA on every linear layer of the language model."""
+def expert_rank(entry: ModelEntry, rank: int) -> int:
+    """The rank of each routed expert's update (inference/lora.py); 0 where there are no experts."""
+    return max(1, rank // entry.experts.active) if entry.experts else 0
+
+
+def adapter_parameters(entry: ModelEntry, rank: int, *, width: int | None = None) -> int:
+    """LoRA on every linear layer of the language model and on the routed experts.
+
+    With `width`, the bytes of a number, as many as a pass computes with: it fills up the experts' rows.
+    """
     shape = shape_of(entry)
     sides = [
         (shape.layers, _mlp_linears(entry, shape)),
         (shape.full_layers, _full_linears(entry, shape)),
         (linear_layers(shape), _delta_linears(shape)),
     ]
-    return rank * sum(count * sum(a + b for a, b in linears) for count, linears in sides)
+    dense = rank * sum(count * sum(a + b for a, b in linears) for count, linears in sides)
+    return dense + _routed_parameters(entry, shape, _filled(expert_rank(entry, rank), width or 16))
+
+
+def _routed_parameters(entry: ModelEntry, shape: Shape, rank: int) -> int:
+    """Updates of gate and up together, and of down."""
+    if entry.experts is None:
+        return 0
+    return shape.layers * entry.experts.count * rank * (shape.hidden + 2 * shape.ffn + shape.ffn + shape.hidden)
+
+
+def _filled(rank: int, width: int) -> int:
+    """The rank filled up to rows of whole 16 bytes (inference/lora.py)."""
+    return rank + -rank % max(1, 16 // width)
 
 
 def adapted_weights(entry: ModelEntry) -> int:
@@ -127,7 +148,8 @@ def _kept_by_every(entry: ModelEntry, shape: Shape, rank: int, width: int, small
     """Both norms and the MLP. In bf16 the norms keep fp32."""
     kept = (12 if small else 16) * shape.hidden + (8 if small else 16) * shape.ffn + 8 + 3 * width * rank
     if entry.experts:
-        routed = (6 if small else 12) * shape.ffn + width * shape.hidden + 40
+        filled = _filled(expert_rank(entry, rank), width) if rank else 0
+        routed = width * (5 * shape.ffn + shape.hidden + 2 * filled) + 40
         kept += width * (shape.hidden + rank) + 4 * entry.experts.count + entry.experts.active * routed
     return kept
 

@@ -129,10 +129,11 @@ class LoraExperts(nn.Module):
         ends_E = torch.searchsorted(chosen_S[order_S], experts, right=True).to(torch.int32)
         x_S_H = hidden_N_H[order_S // active]
         gate, up = _grouped(x_S_H, self.gate_up_proj, self.gate_up.pair, ends_E).chunk(2, dim=-1)
-        out_S_H = _grouped(self.act_fn(gate) * up, self.down_proj, self.down.pair, ends_E)
-        weighted_S_H = out_S_H * top_k_weights.reshape(-1)[order_S, None]
+        # weighted here and not at the end: these rows are narrower, and are kept for the backward pass
+        mixed_S_F = self.act_fn(gate) * up * top_k_weights.reshape(-1)[order_S, None]
+        out_S_H = _grouped(mixed_S_F, self.down_proj, self.down.pair, ends_E)
         # back in the tokens' order and summed by shape: adding by index would not repeat itself on a GPU
-        summed = weighted_S_H[order_S.argsort()].view(tokens, active, -1).sum(dim=1)
+        summed = out_S_H[order_S.argsort()].view(tokens, active, -1).sum(dim=1)
         return summed.to(hidden_N_H.dtype)
 
 
