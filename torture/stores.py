@@ -1,32 +1,51 @@
 """A store that fails: at any upload part, with 503, by time-out, for want of space, with objects cut short.
 
-The store is real, behind a stub with the same interface that fails by chance; the control plane is real; the
-worker is this test. However it goes: what is recorded is whole, `done` means a verified final adapter, and a
-clean-up leaves nothing that nobody needs.
+Two of them: a folder behind a stub with the same interface that fails by chance, and a bucket (S3's protocol over
+HTTP) behind a proxy that does. The control plane is real; the worker is this test, and for a bucket now and then a
+process of its own that is killed at one of its requests. However it goes: what is recorded is whole, `done` means
+a verified final adapter, and a clean-up leaves nothing that nobody needs.
 """
 
 from __future__ import annotations
 
+import json
 import random
+import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 from flash.artifacts.manifests import Damaged, verify, write_checkpoint
 from flash.artifacts.store import Store
 from flash.control_plane.checkpoints import find_resume
 from flash.control_plane.cleaning import Cleaner
-from flash.errors import FlashError, NotFound, Unavailable
+from flash.errors import FlashError, Unavailable, from_wire
 from flash.records import RunState
 from flash.storage import runs
-from torture.plane import Plane
+from torture.bucket import Bucket, Kill
+from torture.machine import HERE
+from torture.plane import Plane, Worker
 from torture.tally import Tally
 
 FAULTS = ("killed before", "killed halfway", "killed after", "503", "time-out", "disk full", "truncated")
+LARGE = 11 << 20  # bytes: a bucket takes this in three parts
+_WRITER = (sys.executable, str(HERE / "bucket_writer.py"))
+
+Write = Callable[[str, int, Path, bool], str]  # run, step, folder, final: the manifest's SHA-256
 
 
 class Killed(BaseException):
     """The process is gone: nothing more of it runs."""
+
+
+class Faulty(Protocol):
+    """What fails every now and then: at `rate`, which may be 0, and what it has done so far."""
+
+    rate: float
+    injected: list[str]
+    chance: random.Random
 
 
 class FailingStore(Store):
@@ -93,28 +112,75 @@ class FailingStore(Store):
             raise Unavailable("the artifact store failed: 503")
 
 
-def faults(count: int, seed: int) -> Tally:
+def folder(count: int, seed: int) -> Tally:
     chance = random.Random(seed)
+    with tempfile.TemporaryDirectory() as place:
+        home = Path(place) / "home"
+        store = FailingStore((home / "artifacts").as_uri(), chance)
+
+        def write(run_id: str, step: int, saved: Path, final: bool) -> str:
+            return write_checkpoint(store, run_id, step, saved, final, {})[1]
+
+        return _rounds(home, store, store, write, count, large=0.0)
+
+
+def bucket(count: int, seed: int) -> Tally:
+    chance = random.Random(seed)
+    with tempfile.TemporaryDirectory() as place, Bucket(chance) as failing:
+        store = Store(failing.url, failing.options)
+
+        def write(run_id: str, step: int, saved: Path, final: bool) -> str:
+            if chance.random() < 0.3:
+                return _write_and_die(failing, run_id, step, saved, final)
+            return write_checkpoint(store, run_id, step, saved, final, {})[1]
+
+        return _rounds(Path(place) / "home", store, failing, write, count, large=0.3)
+
+
+def _write_and_die(failing: Bucket, run_id: str, step: int, saved: Path, final: bool) -> str:
+    """The same by a process that is killed at one of its requests, if it makes that many."""
+    job = {
+        "url": failing.url, "options": failing.options, "run_id": run_id, "step": step, "folder": str(saved),
+        "final": final,
+    }  # fmt: skip
+    with subprocess.Popen(_WRITER, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
+        failing.kill = Kill(writer.pid, failing.chance.randint(1, 12), after=failing.chance.random() < 0.5)
+        said, _ = writer.communicate(json.dumps(job).encode())
+    failing.kill = None
+    if not said.strip():
+        raise Killed
+    answer = json.loads(said)
+    if "error" in answer:
+        raise from_wire(answer["error"])
+    return str(answer["sha256"])
+
+
+def _rounds(home: Path, store: Store, faulty: Faulty, write: Write, count: int, *, large: float) -> Tally:
+    """Runs over the failing store until `count` faults have happened."""
     tally = Tally()
-    with tempfile.TemporaryDirectory() as folder:
-        plane = Plane(Path(folder) / "home", work_grace_s=0.0, draft_grace_s=0.0, fruitless_limit=10**6)
-        store = FailingStore(plane.services.store.url, chance)
-        plane.services.store = store
-        try:
-            while tally.injected < count:
-                before = len(store.injected)
-                losses = _run(plane, store, chance, Path(folder))
-                for _ in range(len(store.injected) - before):
-                    tally.count(not losses, "; ".join(losses))
-        finally:
-            plane.close()
+    plane = Plane(
+        home, work_grace_s=0.0, draft_grace_s=0.0, clean_interval_s=0.0, fruitless_limit=10**6, store_url=store.url,
+        store_options=store.options,
+    )  # fmt: skip
+    plane.services.store = store
+    try:
+        while tally.injected < count:
+            before = len(faulty.injected)
+            losses = _run(plane, faulty, write, home.parent, large)
+            for _ in range(len(faulty.injected) - before):
+                tally.count(not losses, "; ".join(losses))
+    finally:
+        plane.close()
+    kinds = sorted(set(faulty.injected), key=faulty.injected.count, reverse=True)
+    tally.note = ", ".join(f"{faulty.injected.count(kind):,} {kind}" for kind in kinds)
     return tally
 
 
-def _run(plane: Plane, store: FailingStore, chance: random.Random, folder: Path) -> list[str]:
+def _run(plane: Plane, faulty: Faulty, write: Write, folder: Path, large: float) -> list[str]:
     """One run of several saves and as many attempts as its faults cost it; what it did wrong."""
     run_id = plane.submit()
     losses: list[str] = []
+    chance = faulty.chance
     steps, epoch = chance.randint(2, 5), 0
     while plane.state(run_id) is not RunState.DONE:
         epoch += 1
@@ -122,44 +188,47 @@ def _run(plane: Plane, store: FailingStore, chance: random.Random, folder: Path)
             return [*losses, f"{run_id} never ends"]
         plane.settle()
         worker = plane.worker(run_id, epoch)
-        store.rate = 0.15
+        faulty.rate = 0.15
         try:
             resumed = worker.claim()
             for step in range(resumed + 1, steps + 1):
-                _save(store, worker, run_id, step, steps, folder, chance)
+                saved = _saved(folder, step, chance.randbytes(LARGE) if chance.random() < large else b"")
+                _save(write, worker, run_id, step, saved, step == steps)
             worker.finish("done")
         except (Killed, FlashError):
             pass
-        store.rate = 0.0
-        losses += _promises(plane, store, run_id)
+        faulty.rate = 0.0
+        losses += _promises(plane, run_id)
         plane.launcher.die(worker.attempt_id)
         plane.settle()
     Cleaner(plane.services).clean()
-    return losses + _leftovers(plane, store, run_id)
+    return losses + _leftovers(plane, run_id)
 
 
-def _save(
-    store: FailingStore, worker: object, run_id: str, step: int, steps: int, folder: Path, chance: random.Random
-) -> None:
+def _saved(folder: Path, step: int, more: bytes) -> Path:
+    """A checkpoint's folder, as a trainer leaves it."""
     saved = folder / f"step-{step}"
-    for name, body in {"adapter/weights": b"w%d" % step * 50, "state/optimizer": b"o%d" % step * 50}.items():
+    for name, body in {"adapter/weights": b"w%d" % step * 50, "state/optimizer": b"o%d" % step * 50 + more}.items():
         (saved / name).parent.mkdir(parents=True, exist_ok=True)
         (saved / name).write_bytes(body)
+    return saved
+
+
+def _save(write: Write, worker: Worker, run_id: str, step: int, saved: Path, final: bool) -> None:
+    """Uploads and reports as a worker's uploader does: again and again, until it is taken."""
     for _ in range(20):
         try:
-            _, sha256 = write_checkpoint(store, run_id, step, saved, step == steps, {})
-            worker.report(step, step == steps, sha256)  # type: ignore[attr-defined]
+            worker.report(step, final, write(run_id, step, saved, final))
             return
-        except (Unavailable, NotFound):
-            continue
         except FlashError:
             continue
     raise Unavailable("the store would not take it")
 
 
-def _promises(plane: Plane, store: Store, run_id: str) -> list[str]:
+def _promises(plane: Plane, run_id: str) -> list[str]:
     """Every recorded checkpoint is whole by size, and what a successor would take is whole by digest."""
     losses = []
+    store = plane.services.store
     with plane.services.database.read() as connection:
         known = runs.checkpoints_of(connection, run_id)
         manifests = [runs.manifest_of(connection, run_id, found.step) for found in known]
@@ -176,7 +245,8 @@ def _promises(plane: Plane, store: Store, run_id: str) -> list[str]:
     return losses
 
 
-def _leftovers(plane: Plane, store: Store, run_id: str) -> list[str]:
+def _leftovers(plane: Plane, run_id: str) -> list[str]:
+    store = plane.services.store
     with plane.services.database.read() as connection:
         known = runs.checkpoints_of(connection, run_id)
         named = {
@@ -187,8 +257,8 @@ def _leftovers(plane: Plane, store: Store, run_id: str) -> list[str]:
         }
     there = {key.rpartition("/")[2] for key in store.list(f"runs/{run_id}/objects")}
     manifests = store.list(f"runs/{run_id}/checkpoints")
-    drafts = [path.name for path in Path(store._root or "").rglob("*#*")]
     losses = [f"orphan object {name[:12]}" for name in sorted(there - named)]
     losses += [f"missing object {name[:12]}" for name in sorted(named - there)]
     losses += [f"{len(manifests)} manifests for {len(known)} checkpoints"] if len(manifests) != len(known) else []
+    drafts = [] if store._root is None else [path.name for path in store._root.rglob("*#*")]
     return losses + [f"draft {name}" for name in drafts]

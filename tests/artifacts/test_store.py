@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
 import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from torture.bucket import Bucket
 
 from flash.artifacts.store import Store, digest_file
 from flash.errors import Conflict, InvalidInput, NotFound, Unavailable
 
 
-@pytest.fixture(params=["file", "memory"])
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[Bucket]:
+    with Bucket(random.Random(0)) as bucket:
+        yield bucket
+
+
+@pytest.fixture(params=["file", "memory", pytest.param("bucket", marks=pytest.mark.slow)])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    if request.param == "bucket":
+        bucket = request.getfixturevalue("bucket")
+        return Store(f"{bucket.url}/{tmp_path.name}", bucket.options)
     return Store((tmp_path / "with space").as_uri() if request.param == "file" else "memory://")
 
 
@@ -112,6 +124,41 @@ def test_a_place_that_can_not_be_written_is_unavailable(tmp_path: Path):
 def test_what_is_no_url_is_refused():
     with pytest.raises(InvalidInput, match="not a store"):
         Store("/just/a/path")
+
+
+@pytest.mark.parametrize(
+    ("url", "options", "says"),
+    [
+        ("s3://", {}, "can't be used as a store"),
+        ("s3://bucket", {"colour": "blue"}, "colour"),
+        ("s3://bucket", {"max_retries": "often"}, "often"),
+        ("s3://bucket", {"endpoint": "http://store.example:9000"}, "not encrypted .*allow_http=true"),
+        ("what://bucket", {}, "can't be used as a store"),
+    ],
+)
+def test_a_bucket_that_can_not_be_meant_is_refused_at_once(url: str, options: dict[str, str], says: str):
+    with pytest.raises(InvalidInput, match=says):
+        Store(url, options)
+
+
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "http://localhost:9"])
+def test_a_bucket_out_of_reach_is_unavailable_and_plain_http_is_for_loopback(endpoint: str):
+    keys = {"access_key_id": "key", "secret_access_key": "secret", "region": "us-east-1"}
+    store = Store("s3://bucket/prefix", {"endpoint": endpoint, "max_retries": "0", **keys})
+    with pytest.raises(Unavailable, match="artifact store failed on a/key"):
+        store.put_bytes("a/key", b"x")
+
+
+@pytest.mark.slow
+def test_a_bucket_slower_than_its_time_out_still_gives_a_whole_object(bucket: Bucket):
+    store = Store(bucket.url, {**bucket.options, "read_timeout": "0.9s"})
+    body = os.urandom(3 << 20)
+    store.put_bytes("a/large", body)
+    bucket.slow_s = 2.0
+    try:
+        assert b"".join(store.stream("a/large")) == body
+    finally:
+        bucket.slow_s = 0.0
 
 
 def test_a_copy_lives_on_without_its_source(store: Store):

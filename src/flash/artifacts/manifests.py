@@ -153,7 +153,7 @@ def copy_checkpoint(store: Store, manifest: Manifest, run_id: str) -> tuple[Mani
         store.copy(object_key(manifest.run_id, sha256), object_key(run_id, sha256))
     copied = manifest.model_copy(update={"run_id": run_id, "created_at": time.time()})
     body = _encode(copied)
-    store.put_bytes(manifest_key(run_id, copied.step), body, create=True)
+    store.put_bytes(manifest_key(run_id, copied.step), body)  # nobody else writes to a run that is only being made
     return copied, hashlib.sha256(body).hexdigest()
 
 

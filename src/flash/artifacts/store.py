@@ -12,8 +12,9 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import unquote, urlsplit
@@ -26,16 +27,30 @@ from flash.errors import Conflict, InvalidInput, NotFound, Unavailable
 from flash.failpoints import failpoint
 
 _CHUNK = 4 << 20  # bytes
+_PARTS = 4  # of one upload at once: more would leave each too slow for `read_timeout` on a thin line
+
+# How a bucket is talked to, over obstore's own defaults, which repeat a request for three minutes and give a whole
+# download 30 s: our callers repeat by themselves and hold leases, and an object may be of any size.
+_CLIENT = {"connect_timeout": "10s", "read_timeout": "60s", "timeout": "24h"}
+_RETRY = {"max_retries": "2", "retry_timeout": "30"}  # times; seconds
+_ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+_LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
 
 class Store:
     """A store by URL: `file:///folder`, `memory://`, `s3://bucket/prefix`, `gs://`, `az://`.
 
+    `options` are a bucket's settings under obstore's names (`endpoint`, `region`, `access_key_id`,
+    `secret_access_key`, `virtual_hosted_style_request`, `allow_http`, `read_timeout`, `max_retries`, …); what they
+    leave out comes from the provider's own environment variables (`AWS_…`). An endpoint without TLS is taken on
+    loopback only, unless `allow_http` says otherwise.
+
     Raises `NotFound` for an absent key and `Unavailable` when the store can't be reached or written.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, options: Mapping[str, str] | None = None) -> None:
         self.url = url
+        self.options = dict(options or {})
         self._root: Path | None = None
         parts = urlsplit(url)
         if parts.scheme == "file":
@@ -45,7 +60,7 @@ class Store:
         elif parts.scheme == "memory":
             self._backend = MemoryStore()
         elif parts.scheme:
-            self._backend = from_url(url)
+            self._backend = _bucket(url, self.options)
         else:
             raise InvalidInput(f"{url!r} is not a store", remedy="write a URL such as file:///folder or s3://bucket")
 
@@ -67,7 +82,7 @@ class Store:
                 shutil.copyfileobj(source, file, _CHUNK)
             return
         with _translated(key):
-            obstore.put(self._backend, _safe(key), path)
+            obstore.put(self._backend, _safe(key), path, max_concurrency=_PARTS)
 
     @contextmanager
     def _replacing(self, key: str, *, create: bool) -> Iterator[IO[bytes]]:
@@ -195,6 +210,32 @@ def _make_folders(folder: Path) -> None:
     sync_folder(folder.parent)
 
 
+def _bucket(url: str, options: Mapping[str, str]) -> Any:
+    config = dict(options)
+    client: dict[str, Any] = {name: config.pop(name, default) for name, default in _CLIENT.items()}
+    repeats = {name: config.pop(name, default) for name, default in _RETRY.items()}
+    given = (config.get("endpoint"), *(os.environ.get(name) for name in _ENDPOINT_VARIABLES))
+    endpoint = urlsplit(next((found for found in given if found), ""))
+    plain = config.pop("allow_http", os.environ.get("AWS_ALLOW_HTTP", "")).lower() in ("1", "true")
+    if endpoint.scheme == "http":
+        if not plain and endpoint.hostname not in _LOOPBACK:
+            raise InvalidInput(
+                f"the store's endpoint {endpoint.geturl()} is not encrypted",
+                remedy="use https, or say allow_http=true among the store's options",
+            )
+        plain = True
+    try:
+        retry: Any = {
+            "max_retries": int(repeats["max_retries"]),
+            "retry_timeout": timedelta(seconds=float(repeats["retry_timeout"])),
+        }
+        return from_url(url, config=config, client_options={**client, "allow_http": plain}, retry_config=retry)
+    except (BaseError, ValueError, TypeError) as error:
+        raise InvalidInput(
+            f"{url!r} can't be used as a store: {_first_line(error)}", remedy="check the URL and the store's options"
+        ) from error
+
+
 def _link_new(draft: Path, target: Path, key: str) -> None:
     try:
         os.link(draft, target)
@@ -228,7 +269,10 @@ def _translated(key: str) -> Iterator[None]:
 
 
 def _failed(key: str, error: Exception) -> Unavailable:
-    reason = str(error).split("\n")[0][:300]
     return Unavailable(
-        f"the artifact store failed on {key}: {reason}", remedy="check space, permissions and the network"
+        f"the artifact store failed on {key}: {_first_line(error)}", remedy="check space, permissions and the network"
     )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n")[0][:300]

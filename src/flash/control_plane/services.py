@@ -46,7 +46,7 @@ def open_services(
     services = Services(
         settings=settings,
         database=database,
-        store=Store(settings.store),
+        store=Store(settings.store, settings.store_options),
         vault=Vault.open(settings.home / "vault.key"),
         launcher=launcher or LocalLauncher(settings.home / "work", devices=settings.devices),
         stopwatches=stopwatches or Stopwatches(),

@@ -44,6 +44,8 @@ class ServerSettings(BaseModel):
     port: int = Field(default=0, ge=0, le=65535)  # 0: the one of server.json, or any free one
     database_url: str | None = None  # None: flash.db in `home`
     store_url: str | None = None  # None: artifacts/ in `home`
+    # A bucket's settings by obstore's names (endpoint, region, access_key_id, …); else the provider's own variables.
+    store_options: dict[str, str] = Field(default_factory=dict, repr=False)
     devices: tuple[str, ...] | None = None  # None: what the machine has
 
     heartbeat_s: float = Field(default=5.0, gt=0)

@@ -254,8 +254,9 @@ class Supervisor:
     def _open_reporting(self, claim: Claim, claimed_at: float) -> None:
         """Lease and events: from here on, whatever goes wrong can be told."""
         self._claim = claim
+        keys = [value for name, value in claim.store_options.items() if _is_credential(name)]
         self._redactor = Redactor(
-            [*claim.secrets.values(), self._start.token, self._environ.get("HF_TOKEN", "")]
+            [*claim.secrets.values(), *keys, self._start.token, self._environ.get("HF_TOKEN", "")]
         )
         settings = self._settings
         self._lease = Lease(
@@ -289,7 +290,7 @@ class Supervisor:
         """Everything else that runs beside the main loop: uploads, trainer, environment."""
         claim, settings = self._claim, self._settings
         self._spec = RunSpec.model_validate(claim.spec)
-        self._store = Store(claim.store_url)
+        self._store = Store(claim.store_url, claim.store_options)
         uploader = Uploader(
             self._store,
             self._api,
@@ -676,6 +677,11 @@ class Supervisor:
             closing.join(1)  # it waits while a host is loading, which the kill below ends
         while (children := self._kill_children()) and time.monotonic() < deadline:
             psutil.wait_procs(children, timeout=0.5)
+
+
+def _is_credential(option: str) -> bool:
+    """Whether a store's option holds a secret, by its name: secret_access_key, session_token, account_key, …"""
+    return any(word in option for word in ("secret", "token", "account_key", "password", "credential", "private"))
 
 
 def _feed_line(intake: LogIntake, line: str) -> None:

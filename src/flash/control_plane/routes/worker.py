@@ -77,6 +77,7 @@ def claim(body: ClaimRequest, worker: Worker, plane: Plane) -> Claim:
         secrets=secrets,
         environment=version,
         store_url=plane.store.url,
+        store_options=plane.store.options,
         work_dir=attempt.work_dir,
         resume_from=resume,
         init_from=init,

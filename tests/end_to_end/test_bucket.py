@@ -1,0 +1,45 @@
+"""A run whose artifacts live in a bucket that fails now and then, and whose worker dies once: it ends `done`."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+
+import pytest
+from torture.bucket import NAME, Bucket
+from torture.machine import Machine, wait_for
+from torture.resuming import SFT
+
+TRAIN = {**SFT, "epochs": 100, "max_steps": 30, "save_every": 3}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_run_on_a_failing_bucket(tmp_path):
+    with Bucket(random.Random(5)) as bucket:
+        options = ",".join(f"{name}={value}" for name, value in bucket.options.items())
+        machine = Machine(
+            tmp_path / "home", FLASH_SERVER_STORE_URL=bucket.url, FLASH_SERVER_STORE_OPTIONS=options
+        )
+        try:
+            machine.start()
+            machine.push()
+            run_id = machine.submit(TRAIN)
+            bucket.rate = 0.1
+            wait_for(lambda: machine.status(run_id)["checkpoints"], 200)
+            machine.processes(run_id, "flash.worker.supervisor")[0].kill()
+            status = machine.ended(run_id, 250)
+            bucket.rate = 0.0
+            assert status["state"] == "done", status["summary"]
+            assert bucket.injected, "the bucket did fail"
+            assert len(status["attempts"]) > 1 and not (machine.home / "artifacts").exists()
+            assert status["managed"]["artifact_uri"] == f"s3://{NAME}/team/runs/{run_id}"
+            files = machine.call("GET", f"/api/runs/{run_id}/adapter")["files"]
+            assert {file["path"] for file in files} >= {"adapter/adapter_model.safetensors", "adapter/flash.json"}
+            for file in files:
+                body = machine.http.get(f"/api/runs/{run_id}/adapter/files/{file['path']}").content
+                assert hashlib.sha256(body).hexdigest() == file["sha256"]
+            told = [event["seq"] for event in machine.events(run_id)]
+            assert told == list(range(1, len(told) + 1))
+        finally:
+            machine.close()
