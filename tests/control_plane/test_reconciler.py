@@ -315,13 +315,44 @@ def test_a_damaged_newest_checkpoint_is_dropped_and_the_one_before_is_resumed(wo
     world.launcher.die(worker.attempt_id)
     world.settle()
     second = world.worker(run_id, 2)
-    assert second.claim()["resume_from"]["step"] == 1
+    assert second.claim()["resume_from"]["step"] == 2, "its bytes are the worker's to check"
+    error = {"code": "damaged", "message": "state/optimizer has other bytes than recorded"}
+    second.post("finish", {"epoch": 2, "outcome": "failed", "failure": "infrastructure", "error": error})
+    world.launcher.die(second.attempt_id)
+    world.settle()
+    assert "other bytes" in world.status(run_id)["attempts"][1]["message"]
+    third = world.worker(run_id, 3)
+    assert third.claim()["resume_from"]["step"] == 1
     status = world.status(run_id)
     assert status["checkpoints"] == [f"{run_id}/step-1"]
     (warning,) = world.events(run_id, kinds="warning")
     assert "step-2 is damaged" in warning["data"]["text"]
-    second.save(2)  # whole again
+    third.save(2)  # whole again
     assert len(world.status(run_id)["checkpoints"]) == 2
+
+
+def test_a_checkpoint_cut_short_is_dropped_at_the_claim(world):
+    run_id, worker = world.started()
+    worker.save(1)
+    worker.save(2)
+    with world.plane.database.read() as connection:
+        newest = runs.manifest_of(connection, run_id, 2)
+    world.plane.store.put_bytes(f"runs/{run_id}/objects/{newest.files[0].sha256}", b"x")
+    world.launcher.die(worker.attempt_id)
+    world.settle()
+    assert world.worker(run_id, 2).claim()["resume_from"]["step"] == 1
+    assert world.status(run_id)["checkpoints"] == [f"{run_id}/step-1"]
+
+
+def test_a_worker_is_not_believed_that_a_whole_checkpoint_is_damaged(world):
+    run_id, worker = world.started()
+    worker.save(1)
+    error = {"code": "damaged", "message": "state/optimizer has other bytes than recorded"}
+    worker.post("finish", {"epoch": 1, "outcome": "failed", "failure": "infrastructure", "error": error})
+    world.launcher.die(worker.attempt_id)
+    world.settle()
+    assert world.worker(run_id, 2).claim()["resume_from"]["step"] == 1
+    assert world.events(run_id, kinds="warning") == []
 
 
 def test_optimizer_state_is_kept_for_the_two_newest_only(world):

@@ -11,6 +11,9 @@ import time
 
 import pytest
 
+from flash.artifacts.manifests import object_key, write_checkpoint
+from flash.artifacts.store import Store
+
 ENVIRONMENT = """
 from freesolo.environments import EnvironmentSingleTurn
 
@@ -71,6 +74,20 @@ def test_last_words_of_a_broken_trainer_are_kept(plane, attempt):
     attempt("exit").wait()
     assert "something odd happened" in plane.finish["error"]["detail"]
     assert "something odd happened" in plane.logged("trainer")
+
+
+def test_a_checkpoint_with_other_bytes_ends_the_attempt_by_name_and_at_once(plane, attempt, tmp_path):
+    run_id, store, saved = "flash-1700000000-0000abcd", Store(f"file://{plane.store}"), tmp_path / "saved"
+    (saved / "state").mkdir(parents=True)
+    (saved / "state" / "optimizer").write_bytes(b"as it was")
+    manifest, _ = write_checkpoint(store, run_id, 2, saved, False, {})
+    store.put_bytes(object_key(run_id, manifest.files[0].sha256), b"as it is!")
+    plane.resume_from = manifest.model_dump(mode="json")
+    run = attempt("train", download_patience_s=60.0)  # which is for stores that fail, not for this
+    assert run.wait() == 0, run.said()
+    assert (plane.finish["outcome"], plane.finish["failure"]) == ("failed", "infrastructure")
+    assert plane.finish["error"]["code"] == "damaged"
+    assert "state/optimizer has other bytes" in plane.finish["error"]["message"]
 
 
 def test_a_package_that_cannot_be_imported_is_the_users_error(plane, attempt):

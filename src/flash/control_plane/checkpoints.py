@@ -61,18 +61,22 @@ def thin_out(plane: Services, run_id: str) -> None:
             log.warning("state of %s/step-%d is still in the store: %s", run_id, step, error)
 
 
-def find_resume(plane: Services, run_id: str, *, now: float | None = None) -> Manifest | None:
-    """The newest checkpoint whose state is kept and whose every byte is as recorded, or None.
+def find_resume(plane: Services, run_id: str) -> Manifest | None:
+    """The newest checkpoint whose state is kept and whose files are there in full, or None.
 
-    A damaged one is taken back, with a warning in the run's history, and the one before is tried. A store that
-    can't be read now raises `Unavailable`: that says nothing about the checkpoints in it.
+    Their bytes are the worker's to check, which reads them all anyway on its way to resume. Where the attempt
+    before found other bytes than recorded, they are read here too. A damaged checkpoint is taken back, with a
+    warning in the run's history, and the one before is tried. A store that can't be read now raises
+    `Unavailable`: that says nothing about the checkpoints in it.
     """
     with plane.database.read() as connection:
         known = [found for found in runs.checkpoints_of(connection, run_id) if found.has_state]
         manifests = [runs.manifest_of(connection, run_id, found.step) for found in known]
+        ended = [found for found in runs.attempts_of(connection, [run_id])[run_id] if found.outcome is not None]
+    suspected = bool(ended) and (ended[-1].error or {}).get("code") == Damaged.code
     for manifest in reversed(manifests):
         try:
-            verify(plane.store, manifest, digests=True)
+            verify(plane.store, manifest, digests=suspected)
         except Damaged as error:
             _drop(plane, manifest, str(error), keep=[other for other in manifests if other != manifest])
         else:

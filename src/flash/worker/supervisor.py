@@ -30,7 +30,7 @@ from typing import Any
 
 import psutil
 
-from flash.artifacts.manifests import fetch_checkpoint
+from flash.artifacts.manifests import Damaged, fetch_checkpoint
 from flash.artifacts.store import Store
 from flash.catalog.catalog import flash_home, load_catalog
 from flash.config.run import RunSpec
@@ -407,10 +407,19 @@ class Supervisor:
         )
 
     def _fetch(self, manifest: Manifest, name: str) -> Path:
+        """Raises Damaged when the store's bytes are not those that were recorded: the plane then looks further back."""
         folder = self._work_dir / name
-        self._patiently(
-            lambda: fetch_checkpoint(self._store, manifest, folder, "adapter" if name == "init" else None)
-        )
+
+        def fetch() -> Damaged | None:
+            try:
+                fetch_checkpoint(self._store, manifest, folder, "adapter" if name == "init" else None)
+            except Damaged as error:
+                return error  # asking again would bring the same bytes
+            return None
+
+        damage = self._patiently(fetch)
+        if damage is not None:
+            raise damage
         self._pulse.advance()
         return folder
 
