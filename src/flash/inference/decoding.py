@@ -8,7 +8,7 @@ stops or knows a request.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -40,14 +40,14 @@ class Decoder(Protocol):
 
 def build_decoder(model: nn.Module) -> Decoder:
     """The fast decoder where the model's layout is known and its logits agree, else the general one."""
-    if _row_layout(model):
+    if row_layout(model):
         decoder = RowDecoder(model)
         if _agrees(model, decoder):
             return decoder
     return CacheDecoder(model)
 
 
-def _row_layout(model: nn.Module) -> bool:
+def row_layout(model: nn.Module) -> bool:
     config: Any = model.config
     if config.model_type not in ("qwen3", "llama"):
         return False
@@ -58,20 +58,31 @@ def _row_layout(model: nn.Module) -> bool:
 
 
 def _agrees(model: nn.Module, decoder: Decoder) -> bool:
-    """Prefill and two steps give the logits of the model's own forward on a short made-up sequence."""
+    def ours(tokens_T: Tensor) -> Tensor:
+        rows = [decoder.admit([tokens_T[:-2].tolist()], [1])]
+        return torch.cat([*rows, *(decoder.step(token_1) for token_1 in tokens_T[-2:].split(1))])
+
+    try:
+        return agrees(model, ours)
+    finally:
+        decoder.clear()
+
+
+def agrees(model: nn.Module, ours: Callable[[Tensor], Tensor]) -> bool:
+    """Gives `ours` the logits of the model's own forward on a short made-up sequence?
+
+    `ours` prefills all but the last two tokens and steps through those: logits [3, V].
+    """
     vocab = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    tokens = [(7 * i + 3) % vocab for i in range(9)]
     device = next(model.parameters()).device
+    tokens_T = torch.tensor([(7 * i + 3) % vocab for i in range(9)], device=device)
     training = model.training
     model.eval()
     try:
         with torch.inference_mode():
-            full_T_V = model(torch.tensor([tokens], device=device), use_cache=False).logits[0].float()
-            rows = [decoder.admit([tokens[:7]], [1])]
-            rows += [decoder.step(torch.tensor([token], device=device)) for token in tokens[7:]]
-            ours_3_V = torch.cat(rows).float()
+            full_T_V = model(tokens_T[None], use_cache=False).logits[0].float()
+            ours_3_V = ours(tokens_T).float()
     finally:
-        decoder.clear()
         model.train(training)
     scale = full_T_V[6:].abs().max().clamp(min=1.0)
     tolerance = 1e-4 if full_T_V.dtype == next(model.parameters()).dtype else 5e-2

@@ -1,0 +1,248 @@
+"""Many adapters' weights on the device at once, and their updates for the rows of one mixed batch.
+
+Owns where each adapter's matrices lie and how a row meets its own: nothing is merged into the base, and no
+weights are copied for a batch. Adapters of about one rank share tables with a slot each. A decoded row reads
+its slot in place, as a weighted sum of table rows (`embedding_bag` with the activations as weights): on a CPU
+32 rows of 32 adapters cost little more than 32 rows of one, since no product is padded and nothing is gathered.
+Long runs of tokens (prompts) use plain products. Knows no requests and no key-value cache.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flash.inference.lora import Adapter, LoraPair
+
+_LEAST_RANK = 8  # adapters of a lower rank are padded with zeros to it, others to the next power of two
+
+
+@dataclass(frozen=True)
+class Site:
+    """Linear layers that share an input, side by side: their paths, and how wide each one's output is."""
+
+    paths: tuple[str, ...]
+    in_features: int
+    widths: tuple[int, ...]
+
+    @property
+    def unit(self) -> int:
+        """The widest piece that all outputs can be cut into."""
+        return math.gcd(*self.widths)
+
+    @property
+    def pieces(self) -> list[int]:
+        """For each piece of the whole output, the layer that it belongs to."""
+        return [i for i, width in enumerate(self.widths) for _ in range(width // self.unit)]
+
+
+@dataclass(eq=False)
+class Home:
+    """Where an adapter lies; `pins` counts those who need it to stay."""
+
+    rank: int
+    slot: int
+    pins: int = 0
+
+
+class AdapterBank:
+    """At most `most` adapters on the device, the least recently used leaving first, never a pinned one."""
+
+    def __init__(self, sites: Sequence[Site], *, device: torch.device, dtype: torch.dtype, most: int) -> None:
+        self._sites = list(sites)
+        self._device = device
+        self._dtype = dtype
+        self._most = most
+        self._shelves: dict[int, Shelf] = {}
+        self._homes: OrderedDict[str, Home] = OrderedDict()  # least recently used first
+
+    def __len__(self) -> int:
+        return len(self._homes)
+
+    def pin(self, key: str, adapter: Adapter) -> Home | None:
+        """The adapter's home, filled if it has none yet; None if pinned adapters leave no room.
+
+        Every pin wants its `unpin`. One key always means the same weights.
+        """
+        home = self._homes.get(key)
+        if home is None:
+            if len(self._homes) >= self._most and not self._evict():
+                return None
+            shelf = self.shelf(_padded(adapter.shape.rank))
+            home = self._homes[key] = Home(shelf.rank, shelf.fill(adapter))
+        self._homes.move_to_end(key)
+        home.pins += 1
+        return home
+
+    def unpin(self, home: Home) -> None:
+        home.pins -= 1
+
+    def drop(self, key: str) -> None:
+        """Forgets an adapter that nobody has pinned."""
+        home = self._homes.pop(key, None)
+        if home is not None:
+            self.shelf(home.rank).free.append(home.slot)
+
+    def shelf(self, rank: int) -> Shelf:
+        if rank not in self._shelves:
+            self._shelves[rank] = Shelf(rank, self._sites, self._device, self._dtype)
+        return self._shelves[rank]
+
+    def _evict(self) -> bool:
+        for key, home in self._homes.items():
+            if not home.pins:
+                self.drop(key)
+                return True
+        return False
+
+
+def _padded(rank: int) -> int:
+    return max(_LEAST_RANK, 1 << (rank - 1).bit_length())
+
+
+class Shelf:
+    """Tables for adapters of one padded rank R. For each site, with G layers and C pieces of width W:
+
+    `downs[site]` (slots, in, G * R) and `ups[site]` (slots, C, R, W), the scale included.
+    """
+
+    def __init__(self, rank: int, sites: Sequence[Site], device: torch.device, dtype: torch.dtype) -> None:
+        self.rank = rank
+        self.sites = sites
+        self.free: list[int] = []
+        self.layer_of_piece = [torch.tensor(site.pieces, device=device) for site in sites]
+        self.downs = [
+            torch.zeros(0, site.in_features, len(site.widths) * rank, device=device, dtype=dtype) for site in sites
+        ]
+        self.ups = [torch.zeros(0, len(site.pieces), rank, site.unit, device=device, dtype=dtype) for site in sites]
+
+    def fill(self, adapter: Adapter) -> int:
+        """Copies the adapter into a free slot."""
+        if not self.free:
+            self._grow()
+        slot = self.free.pop()
+        for site, down, up in zip(self.sites, self.downs, self.ups, strict=True):
+            down[slot] = 0
+            up[slot] = 0
+            first = 0
+            for layer, path in enumerate(site.paths):
+                pieces = site.widths[layer] // site.unit
+                pair = adapter.pairs.get(path)
+                if pair is not None:  # an adapter may leave layers out
+                    self._copy(pair, down[slot, :, layer * self.rank :], up[slot, first : first + pieces])
+                first += pieces
+        return slot
+
+    def _copy(self, pair: LoraPair, down_I_R: Tensor, up_C_R_W: Tensor) -> None:
+        rank = pair.A.shape[0]
+        down_I_R[:, :rank] = pair.A.t()
+        up_C_R_W[:, :rank] = (pair.B * pair.scaling).view(up_C_R_W.shape[0], -1, rank).transpose(1, 2)
+
+    def _grow(self) -> None:
+        have = self.downs[0].shape[0]
+        slots = max(4, 2 * have)
+        for tables in (self.downs, self.ups):
+            for i, old in enumerate(tables):
+                tables[i] = torch.zeros(slots, *old.shape[1:], device=old.device, dtype=old.dtype)
+                tables[i][:have] = old
+        self.free.extend(reversed(range(have, slots)))
+
+    def add(self, out_N_O: Tensor, x_N_I: Tensor, site: int, slot: int) -> None:
+        """Adds one adapter's update to all rows of `out`, in place."""
+        low_N_GR = x_N_I @ self.downs[site][slot]
+        up_C_R_W = self.ups[site][slot]
+        if up_C_R_W.shape[0] == 1:
+            out_N_O.addmm_(low_N_GR, up_C_R_W[0])
+            return
+        low_C_N_R = low_N_GR.view(-1, len(self.sites[site].widths), self.rank)[:, self.layer_of_piece[site]]
+        delta_C_N_W = torch.bmm(low_C_N_R.transpose(0, 1), up_C_R_W)
+        out_N_O.view(len(out_N_O), *up_C_R_W.shape[::2]).add_(delta_C_N_W.transpose(0, 1))
+
+
+class Runs:
+    """Tokens of prompts, one after another: each run of them under one adapter."""
+
+    def __init__(self, bank: AdapterBank, runs: Sequence[tuple[int, Home | None]]) -> None:
+        """`runs` holds (tokens, adapter)."""
+        self._parts: list[tuple[slice, Shelf, int]] = []
+        start = 0
+        for size, home in runs:
+            if home is not None:
+                shelf = bank.shelf(home.rank)
+                if self._parts and self._parts[-1][0].stop == start and self._parts[-1][1:] == (shelf, home.slot):
+                    before = self._parts.pop()[0].start
+                else:
+                    before = start
+                self._parts.append((slice(before, start + size), shelf, home.slot))
+            start += size
+
+    def add(self, out_N_O: Tensor, x_N_I: Tensor, site: int) -> None:
+        """Adds to `out` (contiguous), in place, each token's update for its `x`."""
+        for part, shelf, slot in self._parts:
+            shelf.add(out_N_O[part], x_N_I[part], site, slot)
+
+
+class Mix:
+    """The rows of a batch, a token each, under any adapters: one part for each shelf that they use."""
+
+    def __init__(self, bank: AdapterBank, homes: Sequence[Home | None]) -> None:
+        self._parts: list[_MixPart] = []
+        for rank in sorted({home.rank for home in homes if home is not None}):
+            rows = [row for row, home in enumerate(homes) if home is not None and home.rank == rank]
+            slots = [home.slot for home in homes if home is not None and home.rank == rank]
+            self._parts.append(_MixPart(bank.shelf(rank), slots, None if len(rows) == len(homes) else rows))
+
+    def add(self, out_B_O: Tensor, x_B_I: Tensor, site: int) -> None:
+        """Adds to `out`, in place, each row's update for its `x`."""
+        for part in self._parts:
+            part.add(out_B_O, x_B_I, site)
+
+
+_Bags = dict[tuple[int, int], tuple[Tensor, Tensor]]  # by size and bags a row: index and offsets
+
+
+class _MixPart:
+    """Rows (None: all) whose adapters lie on one shelf. Indices into its tables are made once a batch."""
+
+    def __init__(self, shelf: Shelf, slots: list[int], rows: list[int] | None) -> None:
+        device = shelf.downs[0].device
+        self._shelf = shelf
+        self._slots = torch.tensor(slots, device=device)
+        self._rows = None if rows is None else torch.tensor(rows, device=device)
+        self._downs: _Bags = {}
+        self._ups: _Bags = {}
+
+    def add(self, out_B_O: Tensor, x_B_I: Tensor, site: int) -> None:
+        shelf = self._shelf
+        down, up = shelf.downs[site], shelf.ups[site]
+        x_N_I = x_B_I if self._rows is None else x_B_I[self._rows]
+        index, offsets = self._bags(self._downs, down.shape[1], 1)
+        low_N_GR = _weighted_sums(down.view(-1, down.shape[2]), index, offsets, x_N_I)
+        pieces = up.shape[1]
+        if pieces > len(shelf.sites[site].widths):  # else the layers are the pieces
+            low_N_GR = low_N_GR.view(-1, len(shelf.sites[site].widths), shelf.rank)[:, shelf.layer_of_piece[site]]
+        index, offsets = self._bags(self._ups, shelf.rank, pieces)
+        delta_N_O = _weighted_sums(up.view(-1, up.shape[3]), index, offsets, low_N_GR).view(len(x_N_I), -1)
+        if self._rows is None:
+            out_B_O.add_(delta_N_O)
+        else:
+            out_B_O.index_add_(0, self._rows, delta_N_O)
+
+    def _bags(self, known: _Bags, size: int, count: int) -> tuple[Tensor, Tensor]:
+        """Table rows of `count` bags of `size` for each batch row, and where each bag begins."""
+        if (size, count) not in known:
+            steps = torch.arange(size * count, device=self._slots.device)
+            index = (self._slots[:, None] * (size * count) + steps).view(-1).int()
+            offsets = torch.arange(len(self._slots) * count, device=index.device, dtype=torch.int32) * size
+            known[size, count] = index, offsets
+        return known[size, count]
+
+
+def _weighted_sums(table: Tensor, index: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
+    """For each bag, the sum of its table rows, weighted."""
+    return torch.embedding_bag(table, index, offsets, False, 0, False, weights.reshape(-1))[0]
