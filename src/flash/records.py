@@ -66,7 +66,8 @@ class FailureKind(StrEnum):
 class EventKind(StrEnum):
     """`Event.data` by kind:
 
-    state {from, to, reason} · attempt {epoch, state, failure?, message?} · phase {phase, total_steps?}
+    state {from, to, reason} · attempt {epoch, state, failure?, message?}
+    phase {phase, total_steps?, done_bytes?, total_bytes?}
     log {stream: trainer|environment|supervisor, text} · warning {code, text}
     metrics {step, total_steps, values: {name: float}} · checkpoint {step, ref, final}
     eval {base, adapter, n} · sample {step, ...}

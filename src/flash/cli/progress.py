@@ -35,6 +35,7 @@ class Progress:
     phase: str = ""
     step: int = 0
     total_steps: int | None = None
+    download: str = ""
     values: dict[str, float] = field(default_factory=dict)
     evaluation: dict[str, Any] | None = None
     checkpoint: str | None = None
@@ -51,6 +52,7 @@ class Progress:
                 self._steps.clear()  # another attempt may go back, and at another speed
             case EventKind.PHASE:
                 self.phase = str(data.get("phase", ""))
+                self.download = download_text(data)
                 self.total_steps = data.get("total_steps") or self.total_steps
             case EventKind.METRICS:
                 self.step = int(data.get("step", self.step))
@@ -100,6 +102,15 @@ def step_text(step: int, total: int | None) -> str:
     return f"step {step}/{total}" if total else f"step {step}"
 
 
+def download_text(data: Mapping[str, Any]) -> str:
+    """Of a phase that fetches something: `1.2 of 9.3 GB`; else nothing."""
+    done, total = data.get("done_bytes"), data.get("total_bytes")
+    if not isinstance(done, int) or not isinstance(total, int) or total <= 0:
+        return ""
+    unit, size = ("GB", 1e9) if total >= 1e9 else ("MB", 1e6)
+    return f"{done / size:.1f} of {total / size:.1f} {unit}"
+
+
 def evaluation_text(report: Mapping[str, Any]) -> str:
     base, adapter = float(report["base"]), float(report["adapter"])
     return f"base {base:.3f} → adapter {adapter:.3f} on {report['n']} held-out rows"
@@ -128,6 +139,8 @@ def plain_lines(event: Event) -> list[str]:
             message = f": {data['message']}" if data.get("message") else ""
             return [f"attempt {data.get('epoch')} ended ({data['failure']}){message}"]
         case EventKind.PHASE:
+            if text := download_text(data):
+                return [f"{data.get('phase')}: {text} fetched"]
             known = data.get("total_steps") and data.get("phase") == Phase.TRAINING
             return [f"{data.get('phase')} ({data['total_steps']} steps)" if known else str(data.get("phase"))]
         case EventKind.METRICS:

@@ -205,6 +205,8 @@ def live_display(progress: Progress, run: RunStatus) -> Live:
 def _frame(progress: Progress, title: str, elapsed: float) -> RenderableType:
     parts: list[RenderableType] = [Text.from_markup(f"{title}  {_state(progress.state)}")]
     facts = [progress.phase or "waiting"]
+    if progress.download:
+        facts.append(f"{progress.download} fetched")
     if progress.step or progress.total_steps:
         facts.append(step_text(progress.step, progress.total_steps))
     facts += [f"{name} {value}" for name, value in headline(progress.values)]

@@ -476,6 +476,18 @@ class Supervisor:
             else:
                 self._pulse.advance(step=data.get("step"))
             self._tell(EventKind(kind), data)
+            if kind == "progress" and data.get("total_bytes"):
+                self._show_download(data)
+
+    def _show_download(self, data: dict[str, Any]) -> None:
+        """A model's download as far as it is: the phase once more, with bytes, at each fiftieth."""
+        done, total = int(data["done_bytes"]), int(data["total_bytes"])
+        with self._gate:
+            shown = self._shown_phase or {}
+            if shown.get("phase") != Phase.LOADING_MODEL.value or shown.get("fiftieth") == 50 * done // total:
+                return
+            self._shown_phase = {**shown, "fiftieth": 50 * done // total}
+        self._tell(EventKind.PHASE, {"phase": Phase.LOADING_MODEL.value, "done_bytes": done, "total_bytes": total})
         else:
             self._pulse.advance()
 

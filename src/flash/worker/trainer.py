@@ -23,7 +23,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flash.catalog.catalog import load_catalog
+from flash.catalog.catalog import ModelEntry, load_catalog
+from flash.catalog.facts import differences
 from flash.config.run import RunSpec
 from flash.errors import FlashError, InternalError, OutOfMemory, Unavailable
 from flash.failpoints import failpoint
@@ -48,6 +49,10 @@ class ChannelReporter:
 
     def progress(self) -> None:
         self._report("progress", {})
+
+    def fetched(self, done: int, total: int) -> None:
+        """Progress of a download, in bytes."""
+        self._report("progress", {"done_bytes": done, "total_bytes": total})
 
     def log(self, text: str) -> None:
         self._report("log", {"text": text})
@@ -101,6 +106,7 @@ def named(error: Exception) -> FlashError:
 
 
 def _train(job: Mapping[str, Any], channel: Channel, stop: threading.Event) -> str:
+    from flash.inference.fetching import locate
     from flash.inference.lanes import share_cpus
     from flash.inference.loading import load_checked
     from flash.inference.torch_engine import TorchEngine
@@ -114,7 +120,14 @@ def _train(job: Mapping[str, Any], channel: Channel, stop: threading.Event) -> s
     make_repeatable(spec.seed, threads=int(job["threads"]))
     reporter.phase(Phase.LOADING_MODEL)
     entry = load_catalog().get(spec.model)
-    base, fallback = load_checked(entry.source, name=entry.id, revision=entry.revision, device=job["device"])
+    found = locate(entry.source, revision=_revision(entry, job), label=entry.id, progress=reporter.fetched)
+    if found.note is not None:
+        reporter.warn("hub", found.note)
+    for line in differences(entry, found.folder):
+        reporter.warn("model_facts", line)
+    base, fallback = load_checked(
+        found.folder, name=entry.id, revision=found.commit or entry.revision, device=job["device"]
+    )
     if fallback is not None:
         reporter.warn("device", fallback)
     base = dataclasses.replace(base, lanes=share_cpus(base.model, int(job["threads"])))
@@ -144,6 +157,26 @@ def _train(job: Mapping[str, Any], channel: Channel, stop: threading.Event) -> s
         step=result.step,
     )
     return "done"
+
+
+def _revision(entry: ModelEntry, job: Mapping[str, Any]) -> str | None:
+    """The commit to load: a run goes on with the one it began with; a pin of the catalog's is next; an adapter that a
+    run only starts from keeps its own where there is none."""
+    if entry.path is not None:
+        return None
+    resumed = _base_revision(_path(job.get("resume_from")), "adapter")
+    return resumed or entry.revision or _base_revision(_path(job.get("init_from")), ".")
+
+
+def _base_revision(folder: Path | None, below: str) -> str | None:
+    """What an adapter's own `flash.json` says it was trained on; the files are verified, but may be older ones."""
+    if folder is None:
+        return None
+    try:
+        recorded = json.loads((folder / below / "flash.json").read_text(encoding="utf-8")).get("base_revision")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return recorded if isinstance(recorded, str) else None
 
 
 def _algorithm(name: str) -> Any:
