@@ -476,6 +476,8 @@ class Supervisor:
             else:
                 self._pulse.advance(step=data.get("step"))
             self._tell(EventKind(kind), data)
+        else:
+            self._pulse.advance()
             if kind == "progress" and data.get("total_bytes"):
                 self._show_download(data)
 
@@ -488,8 +490,6 @@ class Supervisor:
                 return
             self._shown_phase = {**shown, "fiftieth": 50 * done // total}
         self._tell(EventKind.PHASE, {"phase": Phase.LOADING_MODEL.value, "done_bytes": done, "total_bytes": total})
-        else:
-            self._pulse.advance()
 
     def _set_phase(self, data: dict[str, Any]) -> None:
         """Shows a phase; while the environment is being prepared, a trainer's own waits its turn."""
