@@ -135,7 +135,7 @@ class ChatRenderer:
                     enable_thinking=self.thinking,
                 )
             )
-        except (TemplateError, TypeError, KeyError, AttributeError) as error:
+        except (TemplateError, TypeError, KeyError, AttributeError, ValueError) as error:
             raise InvalidInput(f"{where}: the chat template refuses these messages: {error}") from error
 
     def _decode(self, tokens: Sequence[int], *, skip_special_tokens: bool) -> str:
@@ -183,8 +183,10 @@ def _fit(message: Mapping[str, Any], where: str) -> Message:
     if fitted["role"] == "developer":
         fitted["role"] = "system"
     fitted["content"] = _text_content(fitted.get("content"), where)
-    if fitted.get("tool_calls"):
-        fitted["tool_calls"] = [_fit_call(call, where) for call in fitted["tool_calls"]]
+    if calls := fitted.get("tool_calls"):
+        if not isinstance(calls, list | tuple):
+            raise InvalidInput(f"{where}: `tool_calls` is {type(calls).__name__}, but must be a list")
+        fitted["tool_calls"] = [_fit_call(call, where) for call in calls]
     return fitted
 
 
@@ -204,7 +206,7 @@ def _part_text(part: Any, where: str) -> str:
     if isinstance(part, Mapping) and isinstance(part.get("text"), str):
         return str(part["text"])
     kind = part.get("type", "unknown") if isinstance(part, Mapping) else type(part).__name__
-    raise InvalidInput(f"{where}: content of type {kind!r} is not supported; Flash trains on text only")
+    raise InvalidInput(f"{where}: content of type {kind!r} is not supported; only text is")
 
 
 def _fit_call(call: Any, where: str) -> Message:

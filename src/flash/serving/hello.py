@@ -42,16 +42,19 @@ class EngineHello(Record):
     device: str
     work_dir: str
     store_url: str
+    store_options: dict[str, str] = Field(default_factory=dict, repr=False)  # a bucket's settings, keys included
     cache_dir: str                  # adapters' files, shared by every host of this machine
     heartbeat_s: float = Field(gt=0)
     lease_s: float = Field(gt=0)    # without an answer for this long, the host ends
-    idle_s: float = Field(ge=0)     # without a request for this long, the host leaves by itself; 0: never
+    idle_s: float = Field(ge=0)     # without a request for this long, the host drains by itself; 0: never
     max_rows: int = Field(ge=1)     # samples decoding at once
     max_waiting: int = Field(ge=0)  # requests waiting for a row; one more gets 429
     cache_bytes: int = Field(ge=0)  # of cached prefixes
     max_adapters: int = Field(ge=1)             # adapters on the device at once
     adapter_disk_bytes: int = Field(default=16 << 30, ge=0)  # of adapters' files below `cache_dir`
     threads: int = Field(default=0, ge=0)       # of torch on a CPU; 0 leaves it to torch
+    unread_tokens: int = Field(default=16_384, ge=1)  # of one answer, for a slow reader, before it is cancelled
+    stalled_s: float = Field(default=60.0, gt=0)      # a reader that takes nothing for so long is dropped
 
 
 class EngineHeartbeat(Record):
