@@ -1,5 +1,6 @@
-"""The real server, whose workers train by script."""
+"""The real server with workers of the tests' own: by script, or those of the file named on the command line."""
 
+import logging
 import sys
 from pathlib import Path
 
@@ -8,6 +9,8 @@ from flash.control_plane.main import serve
 from flash.control_plane.settings import load_settings
 from flash.launching.local import LocalLauncher
 
+logging.basicConfig(level=logging.INFO)  # into the machine's server.out
 home = flash_home()
-supervisor = (sys.executable, str(Path(__file__).with_name("scripted_supervisor.py")))
-serve(load_settings(home), launcher=LocalLauncher(home / "work", devices=("cpu",), command=supervisor))
+worker = Path(__file__).with_name(sys.argv[1] if len(sys.argv) > 1 else "scripted_supervisor.py")
+launcher = LocalLauncher(home / "work", devices=("cpu",), command=(sys.executable, str(worker)))
+serve(load_settings(home), launcher=launcher)

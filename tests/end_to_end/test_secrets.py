@@ -7,7 +7,7 @@ import sqlite3
 from pathlib import Path
 
 import pytest
-from torture.machine import Machine, wait_for
+from torture.machine import SCRIPTED_SERVER, Machine, wait_for
 
 CANARY = "canary-7f3a9d-of-the-test"
 
@@ -87,6 +87,31 @@ def test_a_secret_is_nowhere_but_with_the_environment(machine: Machine, mode: st
     with sqlite3.connect(machine.home / "flash.db") as database:
         assert database.execute("SELECT count(*) FROM secrets").fetchone() == (0,)
     machine.start()
+
+
+def test_the_plane_keeps_no_secret_of_a_worker_that_redacts_nothing(tmp_path):
+    machine = Machine(tmp_path / "home", command=(*SCRIPTED_SERVER, "leaky_worker.py"))
+    try:
+        machine.start()
+        machine.push()
+        config = {"model": "flash/nano", "environment": {"id": "local/echo", "secrets": ["SERVICE_KEY"]}}
+        body = {"config": config, "secrets": {"SERVICE_KEY": CANARY}}
+        run_id = machine.call("POST", "/api/runs", json=body)["run_id"]
+        status = machine.ended(run_id, 100)
+        told = list(machine.events(run_id))
+    finally:
+        machine.kill(15)
+        machine.close()
+    assert status["state"] == "failed" and status["error"]["message"] == "no [redacted]", status
+    assert status["checkpoints"] == [f"{run_id}/step-1"]
+    texts = [event["data"]["text"] for event in told if event["kind"] == "log"]
+    assert texts[:3] == ["plain [redacted]", "cut here [redacted]", "[redacted] and on"]
+    assert texts[-1] == "late [redacted]"
+    assert CANARY not in json.dumps([status, told])
+    of_the_worker = (machine.home / "work", machine.home / "artifacts")
+    found = [Path(path) for path in _files_with(machine.home, CANARY.encode())]
+    assert [path for path in found if not any(path.is_relative_to(own) for own in of_the_worker)] == []
+    assert (machine.home / "server.out").stat().st_size > 0, "its log was among them"
 
 
 def _files_with(root: Path, value: bytes) -> list[str]:

@@ -1,4 +1,4 @@
-"""Redaction, the spool, its sender, and the intake of output."""
+"""The spool, its sender, and the intake of output, redacted."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from flash.errors import Conflict, InvalidInput, Unavailable
 from flash.records import EventAck, EventKind
-from flash.worker.reporting import REDACTED, EventSpool, LogIntake, Redactor, Sender
+from flash.redaction import REDACTED, Redactor
+from flash.worker.reporting import EventSpool, LogIntake, Sender
 from flash.worker.settings import WorkerSettings
 
 FAST = WorkerSettings(retry_first_s=0.005, retry_most_s=0.02, event_interval_s=0.005)
@@ -24,28 +25,7 @@ NOTHING = Redactor([])
 SECRET = "abcabcabd-9f8e7d"
 
 
-# --- redaction ----------------------------------------------------------------------------------------
-
-
-def test_every_string_of_a_value_is_redacted():
-    value = {"text": f"a {SECRET} b", SECRET: [{"deep": (SECRET, 1, None)}]}
-    redacted = Redactor([SECRET, "short"]).value(value)
-    assert redacted == {"text": f"a {REDACTED} b", REDACTED: [{"deep": [REDACTED, 1, None]}]}
-
-
-def test_short_values_are_left_alone():
-    assert Redactor(["1234567", ""]).text("1234567 is a number") == "1234567 is a number"
-
-
-def test_escaped_and_quoted_forms_are_found():
-    secret = 'pass"wörd\n/with+parts'
-    redactor = Redactor([secret])
-    for printed in (json.dumps(secret), repr(secret), "https://x/?key=pass%22w%C3%B6rd%0A%2Fwith%2Bparts"):
-        assert "wörd" not in redactor.text(printed) and "w%C3%B6rd" not in redactor.text(printed)
-
-
-def test_of_two_secrets_of_which_one_holds_the_other_nothing_stays():
-    assert Redactor(["12345678", "12345678-and-more"]).text("x12345678-and-morex") == f"x{REDACTED}x"
+# --- output, line by line -------------------------------------------------------------------------------
 
 
 def collected(redactor=NOTHING, settings=FAST, clock=time.monotonic):

@@ -210,6 +210,12 @@ def _make_folders(folder: Path) -> None:
     sync_folder(folder.parent)
 
 
+def credentials(options: Mapping[str, str]) -> list[str]:
+    """Those of a store's options that are secrets, by their names: secret_access_key, session_token, account_key, …"""
+    words = ("secret", "token", "account_key", "password", "credential", "private")
+    return [value for name, value in options.items() if any(word in name.lower() for word in words)]
+
+
 def _bucket(url: str, options: Mapping[str, str]) -> Any:
     config = dict(options)
     client: dict[str, Any] = {name: config.pop(name, default) for name, default in _CLIENT.items()}

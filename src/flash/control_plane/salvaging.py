@@ -15,6 +15,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from flash.control_plane.redacting import redacted_events, redactor_for
 from flash.control_plane.services import Services
 from flash.records import WorkerEvent
 from flash.storage import runs
@@ -37,7 +38,8 @@ def salvage(plane: Services, run_id: str, epoch: int) -> int:
         while batch := list(islice(rest, _BATCH)):
             with plane.database.write() as connection:
                 attempt = runs.get_attempt(connection, run_id, epoch)
-                runs.record_events(connection, attempt, batch, now=plane.clock())
+                said = redacted_events(redactor_for(plane, connection, run_id), batch)
+                runs.record_events(connection, attempt, said, now=plane.clock())
     except OSError as error:
         log.warning("the spool of %s.%d can't be read: %s", run_id, epoch, error)
     with plane.database.read() as connection:

@@ -1,8 +1,8 @@
 """What an attempt says: events in order, from the moment they happen until the control plane has them.
 
-Owns redaction by value, the spool (a local append-only file), the sender that empties it, and the intake of
-what children print. Knows nothing of processes, checkpoints or what an event means. Nothing is lost in
-silence: what a cap or a refusal takes away leaves a line that says so.
+Owns the spool (a local append-only file), the sender that empties it, and the intake of what children print.
+Knows nothing of processes, checkpoints or what an event means. Nothing is lost in silence: what a cap or a
+refusal takes away leaves a line that says so.
 
 A sink is anything that wants to see every event as it happens (a metrics logger, say); a sink never fails
 or holds up the run.
@@ -13,76 +13,24 @@ from __future__ import annotations
 import codecs
 import contextlib
 import errno
-import json
 import logging
 import math
 import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import quote
 
 from flash.errors import Conflict, FlashError, Unauthorized, Unavailable
 from flash.failpoints import failpoint
 from flash.records import EventAck, EventBatch, EventKind, WorkerEvent
+from flash.redaction import Redactor, storable
 from flash.worker.api import backoff
 from flash.worker.settings import WorkerSettings
 
-REDACTED = "[redacted]"
-SHORTEST_SECRET = 8  # characters; shorter values would blank out ordinary text
-
-
-# --- redaction ----------------------------------------------------------------------------------------
-
-
-class Redactor:
-    """Replaces secret values by `[redacted]`, in whole strings and in streams cut at arbitrary places."""
-
-    def __init__(self, values: Iterable[str]) -> None:
-        forms = {form for value in values for form in _forms(value) if len(form) >= SHORTEST_SECRET}
-        self._forms = sorted(forms, key=len, reverse=True)  # the longest first: one secret may hold another
-        self._pattern = re.compile("|".join(map(re.escape, self._forms))) if forms else None
-
-    def text(self, text: str) -> str:
-        return self._pattern.sub(REDACTED, text) if self._pattern else text
-
-    def value(self, value: Any) -> Any:
-        """The same JSON value with every string in it, keys included, redacted and fit for any database."""
-        if isinstance(value, str):
-            return self.text(_storable(value))
-        if isinstance(value, dict):
-            return {self.text(_storable(str(key))): self.value(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [self.value(item) for item in value]
-        return value
-
-    def held_back(self, text: str) -> int:
-        """How many characters at the end of `text` may be the beginning of a secret."""
-        longest = 0
-        for form in self._forms:
-            for size in range(min(len(form) - 1, len(text)), longest, -1):
-                if text.endswith(form[:size]):
-                    longest = size
-                    break
-        return longest
-
-
-def _forms(value: str) -> Iterable[str]:
-    """A secret as it may be printed: plain, JSON- or Python-escaped, in a URL, line by line."""
-    yield value
-    yield value.strip()
-    yield json.dumps(value)[1:-1]
-    yield repr(value)[1:-1]
-    yield quote(value, safe="")
-    yield from (line.strip() for line in value.splitlines())
-
-
-def _storable(text: str) -> str:
-    """No lone surrogates (not UTF-8) and no NUL (not in Postgres's text)."""
-    return text.encode("utf-8", "replace").decode().replace("\0", "\ufffd")
+# --- what fits an event ---------------------------------------------------------------------------------
 
 
 def _finite(kind: EventKind, data: dict[str, Any]) -> dict[str, Any]:
@@ -441,7 +389,7 @@ class LogIntake:
             return
         size = self._settings.log_line_chars
         for start in range(0, len(line), size):
-            piece = _storable(line[start : start + size])
+            piece = storable(line[start : start + size])
             cost = len(piece.encode()) + _LINE_COST
             if self.dropped and self._budget >= cost + size:
                 self._show_gap()

@@ -31,7 +31,7 @@ from typing import Any
 import psutil
 
 from flash.artifacts.manifests import Damaged, fetch_checkpoint
-from flash.artifacts.store import Store
+from flash.artifacts.store import Store, credentials
 from flash.catalog.catalog import flash_home, load_catalog
 from flash.config.run import RunSpec
 from flash.environments.package import unpack
@@ -52,12 +52,13 @@ from flash.failpoints import ONCE as FAILED_ONCE
 from flash.failpoints import VARIABLE as FAILPOINTS
 from flash.failpoints import failpoint
 from flash.records import Claim, EventKind, FailureKind, Finish, Manifest, Phase
+from flash.redaction import Redactor
 from flash.worker.api import WorkerApi, persist
 from flash.worker.channel import Frame
 from flash.worker.environment_host import MAX_LINE_BYTES, EnvironmentHost, HostBounds, HostSpec
 from flash.worker.lease import Lease, Pulse
 from flash.worker.packages import prepare
-from flash.worker.reporting import AttemptSink, EventSpool, LogIntake, Redactor, Sender, Warn
+from flash.worker.reporting import AttemptSink, EventSpool, LogIntake, Sender, Warn
 from flash.worker.settings import WorkerSettings
 from flash.worker.trainer import OUT_OF_MEMORY_STATUS
 from flash.worker.trainer_process import (
@@ -254,10 +255,8 @@ class Supervisor:
     def _open_reporting(self, claim: Claim, claimed_at: float) -> None:
         """Lease and events: from here on, whatever goes wrong can be told."""
         self._claim = claim
-        keys = [value for name, value in claim.store_options.items() if _is_credential(name)]
-        self._redactor = Redactor(
-            [*claim.secrets.values(), *keys, self._start.token, self._environ.get("HF_TOKEN", "")]
-        )
+        keys = [*credentials(claim.store_options), self._start.token, self._environ.get("HF_TOKEN", "")]
+        self._redactor = Redactor([*claim.secrets.values(), *keys])
         settings = self._settings
         self._lease = Lease(
             self._api,
@@ -698,11 +697,6 @@ class Supervisor:
             closing.join(1)  # it waits while a host is loading, which the kill below ends
         while (children := self._kill_children()) and time.monotonic() < deadline:
             psutil.wait_procs(children, timeout=0.5)
-
-
-def _is_credential(option: str) -> bool:
-    """Whether a store's option holds a secret, by its name: secret_access_key, session_token, account_key, …"""
-    return any(word in option for word in ("secret", "token", "account_key", "password", "credential", "private"))
 
 
 def _feed_line(intake: LogIntake, line: str) -> None:

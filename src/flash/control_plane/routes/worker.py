@@ -14,6 +14,7 @@ from sqlalchemy import Connection
 from flash.artifacts.manifests import environment_key
 from flash.control_plane import checkpoints
 from flash.control_plane.auth import Plane, Worker, WorkerIdentity, require_live
+from flash.control_plane.redacting import redacted_events, redacted_finish, redacted_manifest, redactor_for
 from flash.control_plane.services import Services
 from flash.errors import Conflict
 from flash.failpoints import failpoint
@@ -110,7 +111,8 @@ def heartbeat(body: Heartbeat, worker: Worker, plane: Plane) -> HeartbeatAnswer:
 def events(body: EventBatch, worker: Worker, plane: Plane) -> EventAck:
     with plane.database.write() as connection:
         attempt = _live(connection, worker, body.epoch)
-        watermark = runs.record_events(connection, attempt, body.events, now=plane.clock())
+        said = redacted_events(redactor_for(plane, connection, worker.run_id), body.events)
+        watermark = runs.record_events(connection, attempt, said, now=plane.clock())
     failpoint("server.events")
     return EventAck(acknowledged=watermark)
 
@@ -124,7 +126,7 @@ def report_checkpoint(body: CheckpointReport, worker: Worker, plane: Plane) -> N
         attempt = _live(connection, worker, body.epoch)
         runs.record_checkpoint(
             connection,
-            manifest,
+            redacted_manifest(redactor_for(plane, connection, worker.run_id), manifest),
             epoch=attempt.epoch,
             manifest_sha256=body.manifest_sha256,
             now=plane.clock(),
@@ -142,7 +144,7 @@ def finish(body: Finish, worker: Worker, plane: Plane) -> None:
         if attempt.outcome == body.outcome and body.epoch == attempt.epoch:
             return  # said before; the answer was lost
         require_live(attempt, body.epoch, states=RUNNING)
-        values = _last_word(body, attempt)
+        values = _last_word(redacted_finish(redactor_for(plane, connection, worker.run_id), body), attempt)
         if body.outcome == "done" and not _has_final(connection, worker.run_id):
             refused = f"{worker.run_id} has no verified final checkpoint: it can't be done"
             values = {"outcome": "failed", "failure": FailureKind.INTERNAL.value, "message": refused}
