@@ -57,22 +57,20 @@ class AdapterBank:
         self._sites = list(sites)
         self._device = device
         self._dtype = dtype
-        self._most = most
+        self.most = most
         self._shelves: dict[int, Shelf] = {}
         self._homes: OrderedDict[str, Home] = OrderedDict()  # least recently used first
 
     def __len__(self) -> int:
         return len(self._homes)
 
-    def pin(self, key: str, adapter: Adapter) -> Home | None:
-        """The adapter's home, filled if it has none yet; None if pinned adapters leave no room.
-
-        Every pin wants its `unpin`. One key always means the same weights.
-        """
+    def pin(self, key: str, adapter: Adapter) -> Home:
+        """The adapter's home, filled if it has none yet. Every pin wants its `unpin`; no more than `most` adapters
+        may be pinned. One key always means the same weights."""
         home = self._homes.get(key)
         if home is None:
-            if len(self._homes) >= self._most and not self._evict():
-                return None
+            if len(self._homes) >= self.most:
+                self.drop(next(each for each, other in self._homes.items() if not other.pins))
             shelf = self.shelf(_padded(adapter.shape.rank))
             home = self._homes[key] = Home(shelf.rank, shelf.fill(adapter))
         self._homes.move_to_end(key)
@@ -92,13 +90,6 @@ class AdapterBank:
         if rank not in self._shelves:
             self._shelves[rank] = Shelf(rank, self._sites, self._device, self._dtype)
         return self._shelves[rank]
-
-    def _evict(self) -> bool:
-        for key, home in self._homes.items():
-            if not home.pins:
-                self.drop(key)
-                return True
-        return False
 
 
 def _padded(rank: int) -> int:

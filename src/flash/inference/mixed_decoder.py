@@ -32,7 +32,7 @@ _SITES = (
 )
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Opening:
     """A prompt on its way in: the keys and values of its first `length` tokens, [layers, 2, kv heads, size, d]."""
 

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flash.inference.engine import Sampling
+from flash.inference.engine import Sampling, Scored
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -79,18 +79,25 @@ class Knobs:
         )
 
 
-def choose(logits_B_V: Tensor, knobs: Knobs, u_B_1: Tensor | None) -> tuple[Tensor, Tensor]:
+def choose(
+    logits_B_V: Tensor, knobs: Knobs, u_B_1: Tensor | None, banned_B_V: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Draws one token a row: (tokens_B, logprobs_B), log-probs in fp32.
 
-    `u_B_1` (fp64, uniform) picks from the cumulative distribution, so equal draws give equal tokens.
+    `u_B_1` (fp64, uniform) picks from the cumulative distribution, so equal draws give equal tokens. Tokens
+    `banned` are never drawn; the log-probs are those of the model all the same.
     """
     logprobs_B_V = torch.log_softmax(logits_B_V.float(), dim=-1)
+    if banned_B_V is not None:
+        logits_B_V = logits_B_V.masked_fill(banned_B_V, float("-inf"))
     if u_B_1 is None or not knobs.drawn:
         tokens_B_1 = logits_B_V.argmax(dim=-1, keepdim=True)
         return tokens_B_1.squeeze(1), logprobs_B_V.gather(1, tokens_B_1).squeeze(1)
     scaled_B_V = logprobs_B_V
+    if banned_B_V is not None:
+        scaled_B_V = torch.log_softmax(logits_B_V.float(), dim=-1)
     if knobs.temperature_B_1 is not None:
-        scaled_B_V = torch.log_softmax(logprobs_B_V / knobs.temperature_B_1, dim=-1)
+        scaled_B_V = torch.log_softmax(scaled_B_V / knobs.temperature_B_1, dim=-1)
     probs_B_V = scaled_B_V.exp()
     if knobs.top_p_B_1 is not None:
         probs_B_V = _nucleus(probs_B_V, knobs.top_p_B_1)
@@ -104,6 +111,42 @@ def choose(logits_B_V: Tensor, knobs: Knobs, u_B_1: Tensor | None) -> tuple[Tens
     if knobs.tempered_B_1 is not None:
         chosen_B_1 = torch.where(knobs.tempered_B_1, scaled_B_V.gather(1, tokens_B_1), chosen_B_1)
     return tokens_B_1.squeeze(1), chosen_B_1.squeeze(1)
+
+
+class Draws:
+    """Draws the next token of each row of a batch, again and again until its rows change."""
+
+    def __init__(self, rows: Sequence[tuple[Sampling, int, int]], device: torch.device) -> None:
+        """Each row as (sampling, stream key, tokens drawn already)."""
+        self._device = device
+        self._knobs = Knobs.of([sampling for sampling, _, _ in rows], device)
+        self._keys = np.array([key for _, key, _ in rows], dtype=np.uint64)
+        self._drawn = np.array([drawn for _, _, drawn in rows], dtype=np.uint64)
+
+    def next(self, logits_B_V: Tensor, banned_B_V: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(tokens_B, logprobs_B); see `choose`."""
+        u_B_1 = None
+        if self._knobs.drawn:
+            u_B_1 = torch.from_numpy(uniforms(self._keys, self._drawn)).to(self._device)[:, None]
+            self._drawn += np.uint64(1)
+        return choose(logits_B_V, self._knobs, u_B_1, banned_B_V)
+
+
+def likeliest(logits_N_V: Tensor, count: int) -> list[tuple[tuple[int, float], ...]]:
+    """For each row the `count` likeliest tokens with their fp32 log-probs, best first."""
+    best = torch.log_softmax(logits_N_V.float(), dim=-1).topk(min(count, logits_N_V.shape[1]), dim=-1)
+    return [
+        tuple(zip(tokens, logprobs, strict=True))
+        for tokens, logprobs in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    ]
+
+
+def score(logits_N_V: Tensor, tokens: Sequence[int], top: int) -> list[Scored]:
+    """How likely each token was after the logits of its row, with the `top` likeliest ones beside it."""
+    tokens_N_1 = torch.tensor(tokens, dtype=torch.long, device=logits_N_V.device)[:, None]
+    own = torch.log_softmax(logits_N_V.float(), dim=-1).gather(1, tokens_N_1).squeeze(1).tolist()
+    tops = likeliest(logits_N_V, top) if top else [()] * len(own)
+    return [Scored(*each) for each in zip(tokens, own, tops, strict=True)]
 
 
 def _nucleus(probs_B_V: Tensor, top_p_B_1: Tensor) -> Tensor:
