@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -63,29 +64,136 @@ def test_wrong_folders_are_one_clear_line(copy: Path, tmp_path: Path) -> None:
         load_base(tmp_path / "empty", device="cpu")
 
 
-@pytest.mark.parametrize(
-    "fault", ["no weights", "torn weights", "unknown type", "no template", "pickled weights", "a layer short"]
-)
-def test_a_broken_model_is_one_clear_line(fault: str, copy: Path) -> None:
+def no_weights(copy: Path) -> None:
+    (copy / "model.safetensors").unlink()
+
+
+def torn_weights(copy: Path) -> None:
     weights = copy / "model.safetensors"
-    if fault == "no weights":
-        weights.unlink()
-    elif fault == "torn weights":
-        weights.write_bytes(weights.read_bytes()[:1000])
-    elif fault == "unknown type":
-        edit(copy / "config.json", model_type="martian", architectures=["Martian"])
-    elif fault == "a layer short":
-        tensors = load_file(weights)
-        del tensors["model.layers.0.self_attn.q_proj.weight"]
-        save_file(tensors, weights, metadata={"format": "pt"})
-    elif fault == "no template":
-        (copy / "chat_template.jinja").unlink()
-    else:
-        weights.unlink()
-        torch.save({"anything": torch.zeros(1)}, copy / "pytorch_model.bin")
+    weights.write_bytes(weights.read_bytes()[:-1000])
+
+
+def torn_header(copy: Path) -> None:
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+
+
+def not_weights(copy: Path) -> None:
+    (copy / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+
+
+def a_missing_shard(copy: Path) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    (copy / "model.safetensors").unlink()
+    save_file(tensors, copy / "model-00001-of-00002.safetensors", metadata={"format": "pt"})
+    places = {name: f"model-0000{1 + number % 2}-of-00002.safetensors" for number, name in enumerate(tensors)}
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+
+
+def pickled_weights(copy: Path) -> None:
+    no_weights(copy)
+    torch.save({"anything": torch.zeros(1)}, copy / "pytorch_model.bin")
+
+
+def a_weight_short(copy: Path) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    del tensors["model.layers.0.self_attn.q_proj.weight"]
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+
+
+def unknown_type(copy: Path) -> None:
+    edit(copy / "config.json", model_type="martian", architectures=["MartianForCausalLM"])
+
+
+def a_translator(copy: Path) -> None:
+    edit(copy / "config.json", model_type="t5", architectures=["T5ForConditionalGeneration"])
+
+
+def a_reward_model(copy: Path) -> None:
+    edit(copy / "config.json", architectures=["Qwen3ForSequenceClassification"])
+
+
+def quantised(copy: Path) -> None:
+    edit(copy / "config.json", quantization_config={"quant_method": "fp8"})
+
+
+def broken_config(copy: Path) -> None:
+    (copy / "config.json").write_text('{"model_type": ')
+
+
+def broken_tokenizer(copy: Path) -> None:
+    (copy / "tokenizer.json").write_text("{")
+
+
+def no_tokenizer(copy: Path) -> None:
+    (copy / "tokenizer.json").unlink()
+
+
+def no_template(copy: Path) -> None:
+    (copy / "chat_template.jinja").unlink()
+
+
+def broken_template(copy: Path) -> None:
+    (copy / "chat_template.jinja").write_text("{% if %}")
+
+
+def small_vocabulary(copy: Path) -> None:
+    edit(copy / "config.json", vocab_size=500)
+
+
+def anothers_width(copy: Path) -> None:
+    edit(copy / "config.json", intermediate_size=100)
+
+
+def fewer_layers(copy: Path) -> None:
+    edit(copy / "config.json", num_hidden_layers=3, layer_types=["full_attention"] * 3)
+
+
+def more_layers(copy: Path) -> None:
+    edit(copy / "config.json", num_hidden_layers=5, layer_types=["full_attention"] * 5)
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (no_weights, "it has no safetensors weights (choose"),
+        (torn_weights, "model.safetensors is damaged: it is"),
+        (torn_header, "model.safetensors is damaged: it is cut short, or no safetensors file"),
+        (not_weights, "model.safetensors is damaged: it is cut short, or no safetensors file"),
+        (a_missing_shard, "model-00002-of-00002.safetensors is damaged: it is missing"),
+        (pickled_weights, "it has no safetensors weights (it has pytorch_model.bin)"),
+        (a_weight_short, "its weights are incomplete: model.layers.0.self_attn.q_proj.weight is missing"),
+        (unknown_type, "it is not a causal language model that this version of transformers knows"),
+        (a_translator, "it is not a causal language model that this version of transformers knows"),
+        (a_reward_model, "it is a Qwen3ForSequenceClassification, not a causal language model"),
+        (quantised, "its weights are quantised (fp8)"),
+        (broken_config, "config.json can't be read: "),
+        (broken_tokenizer, "it can't be loaded: "),
+        (no_tokenizer, "it can't be loaded: "),
+        (no_template, "its tokenizer has no chat template"),
+        (broken_template, "its chat template is broken: "),
+        (small_vocabulary, "its tokenizer and its weights don't belong together: the tokenizer uses token 633"),
+        (anothers_width, "its weights have other sizes than config.json says: model.layers.0.mlp.down_proj.weight is "),
+        (fewer_layers, "config.json leaves out weights that are there: model.layers.3."),
+        (more_layers, "its weights are incomplete: model.layers.4.input_layernorm.weight and 10 more are missing"),
+    ],
+)
+def test_a_wrong_model_is_one_clear_line(fault: Callable[[Path], None], words: str, copy: Path) -> None:
+    fault(copy)
     with pytest.raises(ModelError) as caught:
         load_base(copy, name="my/model", device="cpu")
-    assert str(caught.value).startswith("my/model: ") and "\n" not in str(caught.value)
+    said = str(caught.value)
+    assert said.startswith(f"my/model: {words}"), said
+    assert "\n" not in said and len(said) < 400
+
+
+def test_added_tokens_beyond_the_embedding_do_not_matter(copy: Path) -> None:
+    """Published text models have some, for images that they never see."""
+    tokenizer = json.loads((copy / "tokenizer.json").read_text())
+    image = {**tokenizer["added_tokens"][-1], "id": 640, "content": "<image_soft_token>"}
+    tokenizer["added_tokens"].append(image)
+    (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert len(load_base(copy, device="cpu").tokenizer) == 641
 
 
 def test_code_from_a_models_folder_never_runs(copy: Path) -> None:

@@ -356,7 +356,7 @@ class _Fetcher:
             if have and answer.status_code != 206:  # it does not know ranges: from the start again
                 out.truncate(0)
                 out.seek(0)
-            for chunk in answer.iter_bytes(_CHUNK):
+            for chunk in answer.iter_bytes():  # as they come: gathered into larger ones, a break would lose them
                 if self._stop.is_set() or out.tell() > file.size:
                     return
                 out.write(chunk)
