@@ -19,7 +19,7 @@ from flash.inference.chat import RenderedTarget
 
 # What starting another micro-batch costs, in tokens of the same work: the price of less padding.
 OVERHEAD_TOKENS = {"cpu": 128, "cuda": 2048}
-LEAST_TOKENS = 256  # fewer are not worth a lane of their own
+LEAST_TOKENS = 128  # fewer are not worth a lane of their own
 
 Ints = npt.NDArray[np.int64]
 
