@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -69,8 +70,16 @@ def batch_indices(rows: int, batch_size: int, *, seed: int, step: int) -> Ints:
     """The rows of optimizer step `step` (from 1). Each epoch is a fresh seeded shuffle; its last batch may
     be short, so that an epoch is exactly one pass."""
     epoch, position = divmod(step - 1, steps_per_epoch(rows, batch_size))
-    order = np.random.default_rng([seed, epoch]).permutation(rows)
+    order = epoch_order(rows, seed, epoch)
     return order[position * batch_size : (position + 1) * batch_size]
+
+
+@lru_cache(maxsize=2)
+def epoch_order(rows: int, seed: int, epoch: int) -> Ints:
+    """The rows of one pass in their seeded shuffle. Kept, since drawing a million takes as long as a step; read-only."""
+    order = np.random.default_rng([seed, epoch]).permutation(rows)
+    order.setflags(write=False)
+    return order
 
 
 def micro_batches(lengths: Sequence[int] | Ints, *, token_budget: int, overhead_tokens: int) -> list[Ints]:

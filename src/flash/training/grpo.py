@@ -16,11 +16,8 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from flash.config.run import RunSpec
 from flash.environments.protocol import EnvironmentClient
@@ -32,7 +29,7 @@ from flash.inference.torch_engine import TorchEngine
 from flash.records import Phase
 from flash.training.advantages import all_equal, spread
 from flash.training.advice import Advisor, StepFacts
-from flash.training.batches import Ints
+from flash.training.batches import epoch_order
 from flash.training.checkpoints import ADAPTER, Provenance, read_state, write_checkpoint
 from flash.training.optimizer import build_optimizer, out_of_memory
 from flash.training.policy import build_policy
@@ -268,12 +265,7 @@ def _open_prompts(
 def row_at(row_count: int, place: int, *, seed: int) -> int:
     """The row at a place of an endless stream: every pass over the rows is a fresh seeded shuffle."""
     epoch, offset = divmod(place, row_count)
-    return int(_order(row_count, seed, epoch)[offset])
-
-
-@lru_cache(maxsize=2)
-def _order(row_count: int, seed: int, epoch: int) -> Ints:
-    return np.random.default_rng([seed, epoch]).permutation(row_count)
+    return int(epoch_order(row_count, seed, epoch)[offset])
 
 
 def _note_too_long(spec: RunSpec, progress: _Progress, rows: Sequence[int], reporter: Reporter) -> None:
