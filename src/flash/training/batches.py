@@ -76,7 +76,7 @@ def batch_indices(rows: int, batch_size: int, *, seed: int, step: int) -> Ints:
 
 @lru_cache(maxsize=2)
 def epoch_order(rows: int, seed: int, epoch: int) -> Ints:
-    """The rows of one pass in their seeded shuffle. Kept, since drawing a million takes as long as a step; read-only."""
+    """The rows of one pass in their seeded shuffle, read-only. Kept: drawing a million takes as long as a step."""
     order = np.random.default_rng([seed, epoch]).permutation(rows)
     order.setflags(write=False)
     return order
