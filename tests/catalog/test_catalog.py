@@ -111,23 +111,50 @@ def test_home_comes_from_the_environment(home, monkeypatch):
     assert flash_home({}) == Path.home() / ".flash"
 
 
+SHAPE = (
+    "shape = {{ hidden = 8, ffn = 8, layers = 2, full_layers = {full}, heads = 4, kv_heads = {kv}, head_dim = 2, "
+    "vocab = 9, tied = true }}\n"
+)
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("= 1", "models.toml"),
-        ("x = 1", "x: only [[model]]"),
-        ("model = 3", "only [[model]]"),
-        ("model = [3]", "model number 1"),
-        ('[[model]]\nid = "a"\n', "model a: params"),
-        (ENTRY.format(id="a") + "colour = 1\n", "model a: colour"),
-        (ENTRY.format(id="a") + "rank_cap = 0\n", "model a: rank_cap"),
+        ("= 1", "models.toml: "),
+        ("x = 1", "x: only [[model]] tables may stand here"),
+        ("model = 3", "model: only [[model]] tables may stand here"),
+        ("model = [3]", "model number 1: must be a table"),
+        ('[[model]]\nid = "a"\n', "model a: params: is required and missing"),
+        ("[[model]]\nparams = 1\n", "model number 1: id: is required and missing"),
+        (ENTRY.format(id="a") + "colour = 1\n", "model a: colour: unknown key (docs"),
+        (ENTRY.format(id="a") + "revison = 'x'\n", "model a: revison: unknown key; did you mean revision?"),
+        (ENTRY.format(id="a") + "shape = { hiden = 1 }\n", "model a: shape.hidden: is required and missing"),
+        (ENTRY.format(id="a") + "chat = { stop_id = [1] }\n", "chat.stop_id: unknown key; did you mean stop_ids?"),
+        (ENTRY.format(id="a") + "rank_cap = 0\n", "model a: rank_cap = 0: input should be greater than or equal to 1"),
+        (ENTRY.format(id="a") + "thinking = 'maybe'\n", "model a: thinking = 'maybe': "),
+        (ENTRY.format(id="a b"), "id = 'a b': without a path it must be a Hugging Face id"),
+        (ENTRY.format(id="a") + "path = 'x'\nrevision = 'y'\n", "model a: revision: a folder has none"),
+        (ENTRY.format(id="a") + SHAPE.format(full=3, kv=2), "shape.full_layers = 3: must be at most shape.layers, 2"),
+        (ENTRY.format(id="a") + SHAPE.format(full=2, kv=3), "shape.kv_heads = 3: must divide shape.heads, 4"),
+        (ENTRY.format(id="a") + "experts = { count = 2, active = 3 }\n", "experts.active = 3: must be at most"),
+        (ENTRY.format(id="a") + ENTRY.format(id="a"), "model a: stands there twice"),
+        (ENTRY.format(id="a") + "facts = { source = 'me', date = '2026' }\n", "model a: facts.date = '2026': "),
     ],
 )
 def test_a_faulty_file_is_one_line(home, text, words):
     with pytest.raises(InvalidInput) as caught:
         operator(home, text)
-    assert words in str(caught.value) and str(home / "models.toml") in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert words in str(caught.value) and str(caught.value).startswith(str(home / "models.toml"))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300 + len(str(home))
+
+
+def test_every_shipped_fact_says_where_it_comes_from(home):
+    for entry in load_catalog(home):
+        assert entry.facts is not None and entry.facts.source and entry.facts.date >= "2026-01", entry.id
+    for gpu in gpu_classes():
+        assert gpu.facts.source and gpu.facts.date >= "2026-01", gpu.name
+        assert gpu.rough == ("memory" in gpu.facts.source)
+        assert all(price.source and price.date for price in gpu.prices)
 
 
 def test_gpu_classes_are_sorted_by_price_and_dated():

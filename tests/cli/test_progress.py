@@ -52,6 +52,19 @@ def test_another_attempt_starts_the_estimate_afresh():
     assert progress.seconds_left(500.0) is None
 
 
+def test_a_download_shows_how_far_it_is():
+    progress = Progress("r")
+    download = event(1, "phase", phase="loading model", done_bytes=1_240_000_000, total_bytes=9_300_000_000)
+    progress.apply(download)
+    assert (progress.phase, progress.download) == ("loading model", "1.2 of 9.3 GB")
+    assert plain_lines(download) == ["loading model: 1.2 of 9.3 GB fetched"]
+    assert plain_lines(event(2, "phase", phase="loading model", done_bytes=10, total_bytes=2_000_000)) == [
+        "loading model: 0.0 of 2.0 MB fetched"
+    ]
+    progress.apply(event(3, "phase", phase="preparing data"))
+    assert progress.download == ""
+
+
 def test_an_event_as_lines():
     assert plain_lines(metrics(3, 0.0, loss=0.5, tokens_per_s=1234.4, other=9.0)) == [
         "step 3/100  loss 0.5  tokens/s 1,234"

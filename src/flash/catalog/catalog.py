@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,11 +16,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from flash.errors import InvalidInput, ModelError
 
 PACKAGE_FOLDER = Path(__file__).resolve().parent
+_FORM = "docs/models.md shows the form of an entry"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _Size = Annotated[int, Field(ge=1)]
 
 
@@ -56,6 +60,13 @@ class Experts(_Fact):
     active: _Size
 
 
+class Provenance(_Fact):
+    """Who says so, and when it was put together."""
+
+    source: str = Field(min_length=1)
+    date: str = Field(pattern=r"^\d{4}-\d{2}$")
+
+
 class ChatFacts(_Fact):
     """What rendering and stopping need that a tokenizer's files do not reliably say."""
 
@@ -81,6 +92,23 @@ class ModelEntry(_Fact):
     shape: Shape | None = None
     experts: Experts | None = None
     chat: ChatFacts = ChatFacts()
+    facts: Provenance | None = None
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> ModelEntry:
+        """What one key says must go with what another says."""
+        if self.path is None and not _HUB_ID.fullmatch(self.id):
+            raise ValueError(f"id = {self.id!r:.80}: without a path it must be a Hugging Face id, \"owner/name\"")
+        if self.path is not None and self.revision is not None:
+            raise ValueError("revision: a folder has none; give path or revision, not both")
+        shape, experts = self.shape, self.experts
+        if shape is not None and shape.full_layers > shape.layers:
+            raise ValueError(f"shape.full_layers = {shape.full_layers}: must be at most shape.layers, {shape.layers}")
+        if shape is not None and shape.heads % shape.kv_heads:
+            raise ValueError(f"shape.kv_heads = {shape.kv_heads}: must divide shape.heads, {shape.heads}")
+        if experts is not None and experts.active > experts.count:
+            raise ValueError(f"experts.active = {experts.active}: must be at most experts.count, {experts.count}")
+        return self
 
     @property
     def source(self) -> str:
@@ -157,23 +185,54 @@ def _read(path: Path) -> list[ModelEntry]:
         with path.open("rb") as file:
             document = tomllib.load(file)
     except (OSError, ValueError) as error:  # ValueError: broken TOML, or not UTF-8
-        raise InvalidInput(f"{path}: {error}", remedy="docs/models.md shows the form of an entry") from None
+        raise InvalidInput(f"{path}: {error}", remedy=_FORM) from None
     unknown = sorted(set(document) - {"model"})
     tables = document.get("model", [])
     if unknown or not isinstance(tables, list):
         fault = unknown[0] if unknown else "model"
-        raise InvalidInput(f"{path}: {fault}: only [[model]] tables may stand here")
-    return [_entry(path, number, table) for number, table in enumerate(tables, start=1)]
+        raise InvalidInput(f"{path}: {fault}: only [[model]] tables may stand here", remedy=_FORM)
+    entries = [_entry(path, number, table) for number, table in enumerate(tables, start=1)]
+    ids = [entry.id for entry in entries]
+    if repeated := next((each for number, each in enumerate(ids) if each in ids[:number]), None):
+        raise InvalidInput(f"{path}: model {repeated}: stands there twice", remedy="remove one of them")
+    return entries
 
 
 def _entry(path: Path, number: int, table: Any) -> ModelEntry:
     try:
         entry = ModelEntry.model_validate(table)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
         name = table.get("id", f"number {number}") if isinstance(table, dict) else f"number {number}"
-        raise InvalidInput(f"{path}: model {name}: {key}: {first['msg']}") from None
+        rule = _rule(error.errors(include_url=False)[0])
+        raise InvalidInput(f"{path}: model {name!s:.80}: {rule}", remedy=_FORM) from None
     if entry.path is None:
         return entry
     return entry.model_copy(update={"path": str((path.parent / Path(entry.path).expanduser()).resolve())})
+
+
+def _rule(detail: ErrorDetails) -> str:
+    """The first fault of an entry: its key, what stands there, and why that is wrong."""
+    places = [str(part) for part in detail["loc"]]
+    key = ".".join(places)
+    match detail["type"]:
+        case "missing":
+            return f"{key}: is required and missing"
+        case "extra_forbidden":
+            near = difflib.get_close_matches(places[-1], _keys(places[:-1]), n=1)
+            return f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
+        case "model_type":
+            return f"{key + ': ' if key else ''}must be a table"
+        case "value_error":
+            return str(detail["ctx"]["error"])
+        case _:
+            message = detail["msg"]
+            return f"{key} = {detail['input']!r:.80}: {message[:1].lower()}{message[1:]}"
+
+
+def _keys(places: list[str]) -> list[str]:
+    """The keys that may stand in a table of an entry, by the way to it."""
+    tables: dict[str, type[BaseModel]] = {
+        "shape": Shape, "linear": LinearAttention, "experts": Experts, "chat": ChatFacts, "facts": Provenance,
+    }  # fmt: skip
+    table = tables.get(places[-1], ModelEntry) if places else ModelEntry
+    return list(table.model_fields)

@@ -15,6 +15,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from flash.catalog.catalog import Provenance
+
 # What a core of an ordinary laptop gets out of small fp32 matrix products while other programs run.
 CORE_FLOPS = 6e9
 CPU_BANDWIDTH = 10e9  # bytes a second
@@ -55,6 +57,7 @@ class GpuClass(_Fact):
     memory_gb: float = Field(gt=0)
     bf16_tflops: float = Field(gt=0)
     bandwidth_tb_s: float = Field(gt=0)
+    facts: Provenance
     rough: bool = False
     prices: tuple[Price, ...] = Field(min_length=1)
 
