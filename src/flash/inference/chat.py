@@ -206,7 +206,7 @@ def _part_text(part: Any, where: str) -> str:
     if isinstance(part, Mapping) and isinstance(part.get("text"), str):
         return str(part["text"])
     kind = part.get("type", "unknown") if isinstance(part, Mapping) else type(part).__name__
-    raise InvalidInput(f"{where}: content of type {kind!r} is not supported; only text is")
+    raise InvalidInput(f"{where}: content of type {kind!r} is not supported: text only")
 
 
 def _fit_call(call: Any, where: str) -> Message:
