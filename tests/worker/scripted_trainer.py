@@ -52,6 +52,12 @@ job = receive("job")
 mode = sys.argv[1]
 if mode in ("ask", "train"):  # as a real one, which can't train before it has rows
     info = call("info")
+if mode == "fetch":  # a model that comes slowly
+    call("info")
+    report("phase", phase="loading model")
+    for done_bytes in range(0, 5_001, 10):
+        report("progress", done_bytes=done_bytes, total_bytes=5_000)
+        time.sleep(0.002)
 report("phase", phase="training", total_steps=4)
 
 if mode == "train":
@@ -110,6 +116,6 @@ elif mode == "slow-call":
     report("log", text="next: " + json.dumps(call("info")))
     checkpoint(1, final=True)
     done()
-elif mode == "no-adapter":
+elif mode in ("no-adapter", "fetch"):
     done()
 time.sleep(0.02)

@@ -288,6 +288,16 @@ def test_without_its_final_adapter_a_run_is_not_done(plane, attempt, until):
     assert "final adapter could not be uploaded" in plane.finish["error"]["message"]
 
 
+def test_a_download_is_progress_and_shows_at_each_fiftieth(plane, attempt):
+    running = attempt("fetch")
+    assert running.wait(60) == 0, running.said()
+    shown = [data for data in plane.data("phase") if "total_bytes" in data]
+    assert {data["phase"] for data in shown} == {"loading model"} and {data["total_bytes"] for data in shown} == {5_000}
+    assert [data["done_bytes"] for data in shown] == list(range(0, 5_001, 100))
+    seen = [beat["progress"] for beat in plane.heartbeats if beat["phase"] == "loading model"]
+    assert seen == sorted(seen) and plane.heartbeats[-1]["progress"] > 500  # each report keeps the stall away
+
+
 def test_an_unusable_start_line_is_one_clear_line():
     command = [sys.executable, "-m", "flash.worker.supervisor"]
     ended = subprocess.run(command, input=b"{}\n", capture_output=True, timeout=20, check=False)
