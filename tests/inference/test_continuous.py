@@ -403,7 +403,7 @@ def cycles(base: BaseModel, folder: Path, count: int) -> None:
         for worker in workers:
             worker.join()
         assert sorted(done) == [0, 1, 2, 3]
-        assert engine.stats()["running"] == engine.stats()["waiting"] == 0
+        eventually(lambda: engine.stats()["running"] == engine.stats()["waiting"] == 0)
 
 
 def test_loading_and_unloading_never_mixes_adapters_up(tmp_path: Path) -> None:
