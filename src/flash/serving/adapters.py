@@ -1,9 +1,9 @@
-"""Adapters where requests need them: in the store, on this machine's disk, on the device.
+"""Adapters where requests need them: in the store, on this machine's disk, in the engine.
 
-Owns both caches. On disk, adapters' files lie under their digest, shared by every host of the machine; what
-appears there is whole and was checked. On the device, the engine holds at most `room` adapters, and the least
-recently used one that no request needs makes place. In between, a file that was read lately comes out of the
-operating system's page cache. Knows the engine as something that loads and unloads folders by name.
+Owns two caches. On disk, adapters' files lie under their digest, shared by every host of the machine; what
+appears there is whole and was checked. The engine holds at most `room` adapters, and the least recently used one
+that no request needs makes place; which of them are in its batch is the engine's own affair. Knows the engine as
+something that loads and unloads folders by name.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def _used(place: Path) -> float:
     return 0.0
 
 
-# --- on the device ----------------------------------------------------------------------------------------
+# --- in the engine ----------------------------------------------------------------------------------------
 
 
 class Loader(Protocol):
@@ -151,7 +151,7 @@ class Held:
 
 @dataclass
 class _Place:
-    """One of the device's places for adapters; `ready` gives whether the adapter was trained to think."""
+    """One of the engine's places for adapters; `ready` gives whether the adapter was trained to think."""
 
     ready: asyncio.Future[bool]
     users: int = 0
@@ -159,7 +159,7 @@ class _Place:
 
 
 class AdapterShelf:
-    """The adapters on the device, each under its digest as its name. For one event loop.
+    """The adapters in the engine, each under its digest as its name. For one event loop.
 
     Its state changes between two awaits only, so that a dropped request leaves nothing half done.
     """
@@ -180,7 +180,7 @@ class AdapterShelf:
         return len(self._places)
 
     async def hold(self, adapter: Adapter) -> Held:
-        """Brings the adapter to the device, or waits for it; while adapters in use take every place, for one of them.
+        """Brings the adapter into the engine, or waits for it; while adapters in use take every place, for one of them.
 
         Raises NotFound (the store has no such files), Unavailable (store or disk fails) or ModelError (the
         engine can't use it).

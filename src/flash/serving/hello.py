@@ -50,7 +50,8 @@ class EngineHello(Record):
     max_rows: int = Field(ge=1)     # samples decoding at once
     max_waiting: int = Field(ge=0)  # requests waiting for a row; one more gets 429
     cache_bytes: int = Field(ge=0)  # of cached prefixes
-    max_adapters: int = Field(ge=1)             # adapters on the device at once
+    max_adapters: int = Field(ge=1)             # adapters in one batch, their weights beside the base's
+    max_loaded_adapters: int = Field(default=64, ge=1)  # adapters in memory, ready to join one
     adapter_disk_bytes: int = Field(default=16 << 30, ge=0)  # of adapters' files below `cache_dir`
     threads: int = Field(default=0, ge=0)       # of torch on a CPU; 0 leaves it to torch
     unread_tokens: int = Field(default=16_384, ge=1)  # of one answer, for a slow reader, before it is cancelled

@@ -234,9 +234,9 @@ class ResponseFormat(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> ResponseFormat:
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise _refused("response_format", "json_schema goes with type = json_schema, and with no other")
+            raise _refused("response_format", "response_format: json_schema goes with its own type only")
         if self.json_schema is not None and self.json_schema.schema_ is None:
-            raise _refused("response_format", "json_schema.schema is missing")
+            raise _refused("response_format", "response_format: json_schema.schema is missing")
         return self
 
 
