@@ -42,6 +42,11 @@ def test_what_is_not_known_is_said():
     assert not any("dataset" in line or "average" in line for line in known)
 
 
+def test_a_download_is_not_in_the_time_and_said():
+    assert "the model's 1.5 GB are on the machine already" in of("Qwen/Qwen3.5-0.8B").assumptions
+    assert not any("on the machine" in line for line in of("flash/nano").assumptions)
+
+
 def test_the_price_is_hours_times_the_rate_and_ones_own_machine_is_free():
     found = of("Qwen/Qwen3.5-0.8B", "grpo", GPUS[-1])
     assert found.usd == pytest.approx(found.wall_clock_s / 3600 * GPUS[-1].usd_per_hour)

@@ -47,6 +47,20 @@ def test_a_failed_run_says_what_happened_what_comes_next_and_where(capsys):
     assert "frame 1\n" in capsys.readouterr().out
 
 
+def test_an_ended_run_shows_its_estimate_beside_what_it_took(capsys):
+    metrics = {"loss": 0.5, "peak_memory_bytes": 17_400_000_000}
+    managed = {"device": "cuda:0", "estimated_s": 3700.0, "active_s": 2900.0, "memory_needed_bytes": 18_500_000_000}
+    ended = run_status(
+        state="done", error=None, metrics=metrics, managed=managed, cost_usd=2.375, estimated_cost_usd=3.0
+    )
+    render.print_status(ended, verbose=False)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "estimate 1 h 01 min on a device; used 48 min 20 s, $2.38 of $3.00" in shown
+    assert "memory 18 GB estimated; 17 GB at its peak" in shown
+    render.print_status(run_status(managed=managed, finished_at=None), verbose=False)
+    assert "estimate" not in capsys.readouterr().out  # it is not over yet
+
+
 def test_runs_stay_one_line_each_with_whole_ids(capsys):
     runs = [
         RunSummary(

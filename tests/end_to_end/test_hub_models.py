@@ -165,6 +165,7 @@ def test_the_estimate_stands_beside_what_it_took(trained):
     assert status["estimated_cost_usd"] == 0.0 and status["cost_usd"] == 0.0  # one's own machine
     assert status["managed"]["estimated_s"] > 0 and status["managed"]["active_s"] > 0
     assert status["managed"]["memory_needed_bytes"] > 0
+    assert 10**8 < status["metrics"]["peak_memory_bytes"] < 10**10
 
 
 def test_a_warm_start_keeps_its_adapters_commit(machine, hub, trained, tmp_path):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,11 @@ from checkpoints import NAMES, published, save, text_parameters
 
 from flash.catalog.catalog import ModelEntry, load_catalog
 from flash.catalog.facts import differences
+from flash.config.recipes import resolve
+from flash.config.run import RunConfig
 from flash.inference.loading import load_base
+from flash.worker.channel import Channel
+from flash.worker.trainer import run
 from hub_stand_in import HubStandIn
 
 TOKENS = torch.tensor([[5, 81, 230, 17, 99, 400, 3, 12], [7, 7, 301, 22, 54, 610, 90, 41]])
@@ -91,3 +97,37 @@ def test_shipped_facts_name_their_layout_as_the_files_do(tmp_path):
         config = json.loads((folder / "config.json").read_text())
         kind = config.get("text_config", config)["model_type"]
         assert kind.removesuffix("_text") == layout
+
+
+@pytest.mark.parametrize(
+    ("resumes", "pinned", "starts_from", "asked"),
+    [
+        ("1" * 40, "2" * 40, None, "1" * 40),  # a run goes on with what it began with, whatever is pinned since
+        (None, "2" * 40, "3" * 40, "2" * 40),
+        (None, None, "3" * 40, "3" * 40),  # an adapter belongs to the weights that it was trained on
+    ],
+)
+def test_which_commit_a_run_asks_for(resumes, pinned, starts_from, asked, hub, home, tmp_path):
+    hub.add("team/tiny", {"config.json": b"{}"})
+    home.mkdir()
+    pin = f'revision = "{pinned}"\n' if pinned else ""
+    (home / "models.toml").write_text(
+        f'[[model]]\nid = "team/tiny"\nparams = 9\nlayout = "llama"\ncontext = 99\n{pin}'
+    )
+    config = {"model": "team/tiny", "environment": {"id": "local/task"}}
+    spec = resolve(RunConfig.model_validate(config)).model_dump(mode="json")
+    job = {"spec": spec, "threads": 1, "device": "cpu", "work_dir": str(tmp_path)}
+    for name, commit, folder in (
+        ("resume_from", resumes, tmp_path / "checkpoint"), ("init_from", starts_from, tmp_path / "source"),
+    ):  # fmt: skip
+        if commit is not None:
+            adapter = folder / "adapter" if name == "resume_from" else folder
+            adapter.mkdir(parents=True)
+            (adapter / "flash.json").write_text(json.dumps({"base_revision": commit}))
+            job[name] = str(folder)
+    ours, theirs = socket.socketpair()
+    supervisor, channel = Channel(theirs).start(), Channel(ours).start()
+    outcome = run(job, channel, threading.Event())
+    channel.close()
+    supervisor.wait_closed(5)
+    assert outcome["error"]["message"] == f"team/tiny: it has no revision {asked!r}"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flash.catalog.catalog import ModelEntry
-from flash.catalog.fit import MemoryEstimate, choose, decoding_rows, fits, fitted, too_large
+from flash.catalog.fit import MemoryEstimate, choose, decoding_rows, fits, fitted, gigabytes, too_large
 from flash.catalog.hardware import HardwareClass
 from flash.catalog.shapes import adapter_parameters, body_parameters, cache_bytes, shape_of
 from flash.config.run import RunSpec
@@ -139,6 +139,8 @@ def estimate(
     evaluation = 2 * _decoding_s(entry, hardware, scored, scored, answers, length)
     assumptions.append(f"at the end, base and adapter each answer {scored} held-out rows")
     start = START_S[hardware.kind] + memory.weights / LOADING_BYTES_S
+    if entry.path is None:
+        assumptions.append(f"the model's {gigabytes(2 * entry.params)} are on the machine already")
     return CostEstimate(
         hardware=hardware,
         memory=memory,

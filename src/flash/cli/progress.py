@@ -57,7 +57,7 @@ class Progress:
             case EventKind.METRICS:
                 self.step = int(data.get("step", self.step))
                 self.total_steps = data.get("total_steps") or self.total_steps
-                self.values = dict(data.get("values") or {})
+                self.values |= data.get("values") or {}
                 self._steps.append((event.time, self.step))
             case EventKind.CHECKPOINT:
                 self.checkpoint = str(data.get("ref") or "")

@@ -254,6 +254,9 @@ def _facts(run: RunStatus) -> list[tuple[str, str]]:
         price = "" if not run.cost_usd else f", ${run.cost_usd:.2f} of ${run.estimated_cost_usd or 0:.2f}"
         spent, planned = duration(run.managed.active_s), duration(run.managed.estimated_s)
         facts.append(("estimate", f"{planned} on a device; used {spent}{price}"))
+    needed, peak = run.managed.memory_needed_bytes, run.metrics.get("peak_memory_bytes")
+    if needed is not None and peak:
+        facts.append(("memory", f"{gigabytes(needed)} estimated; {gigabytes(peak)} at its peak"))
     if run.managed.device:
         facts.append(("device", run.managed.device))
     if len(run.attempts) > 1:

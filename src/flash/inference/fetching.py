@@ -449,8 +449,10 @@ class _Fetcher:
         if code == "EntryNotFound" or (status == 404 and name is not None):
             return ModelError(f"{model}: its file {name} is not on {self.hub.named}")
         if code in ("RepoNotFound", "RepositoryNotFound") or status in (401, 404):  # 401: it does not tell strangers
-            remedy = "check the id with `flash models`; a private one needs HF_TOKEN"
-            return ModelError(f"{model}: {self.hub.named} has no such model", remedy=remedy)
+            return ModelError(
+                f"{model}: {self.hub.named} has no such model",
+                remedy="check the id with `flash models`; a private one needs HF_TOKEN",
+            )
         words = f": {said}" if said else ""
         return ModelError(f"{model}: {self.hub.named} refused it ({status}){words}")
 

@@ -181,21 +181,22 @@ def _check_vocabulary(label: str, tokenizer: Any, config: Any) -> None:
 
 def _check_report(label: str, report: dict[str, Any]) -> None:
     """Every weight of the language model must have found its place; a vision tower's and MTP's need none."""
-    remedy = "take config.json and the weights from the same checkpoint"
     if mismatched := sorted(report["mismatched_keys"]):
         name, given, expected = mismatched[0]
         raise ModelError(
             f"{label}: its weights have other sizes than config.json says: {name} is {list(given)}, not "
             f"{list(expected)}",
-            remedy=remedy,
+            remedy="take config.json and the weights from the same checkpoint",
         )
     if absent := sorted(report["missing_keys"]):  # they were filled with random numbers
         raise ModelError(
-            f"{label}: its weights are incomplete: {absent[0]}{_more(absent)} missing", remedy=remedy
+            f"{label}: its weights are incomplete: {absent[0]}{_more(absent)} missing",
+            remedy="take config.json and the weights from the same checkpoint",
         )
     if left := sorted(filter(_LAYER.match, report["unexpected_keys"])):
         raise ModelError(
-            f"{label}: config.json leaves out weights that are there: {left[0]}{_more(left)} unused", remedy=remedy
+            f"{label}: config.json leaves out weights that are there: {left[0]}{_more(left)} unused",
+            remedy="take config.json and the weights from the same checkpoint",
         )
 
 

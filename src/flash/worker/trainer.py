@@ -15,6 +15,7 @@ import json
 import os
 import queue
 import random
+import resource
 import socket
 import sys
 import threading
@@ -147,6 +148,7 @@ def _train(job: Mapping[str, Any], channel: Channel, stop: threading.Event) -> s
     if result.stopped:
         return "stopped"
     failpoint("trainer.trained")
+    reporter.metrics(result.step, {"peak_memory_bytes": _peak_memory(base.device.type)})
     evaluate(
         spec,
         base,
@@ -199,6 +201,16 @@ def make_repeatable(seed: int, *, threads: int) -> None:
         sys.modules["numpy"].random.seed(seed % 2**32)
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def _peak_memory(device: str) -> int:
+    """Bytes that training has held at most: of a GPU what torch reserved, else of this process in memory."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_reserved()
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return resident if sys.platform == "darwin" else 1024 * resident
 
 
 def _path(text: str | None) -> Path | None:
