@@ -1,7 +1,8 @@
 """A run's append-only history: contiguous `seq` per run, worker events de-duplicated by their own count.
 
 Owns numbering and reading. Events are added inside the caller's transaction, beside the change they tell of;
-a run that has ended takes no more.
+a run that has ended takes no more. What pages need beside the events themselves (`series`, `samples`) is kept in
+the same transaction.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from sqlalchemy import Connection, insert, select, update
 
 from flash.errors import Conflict, NotFound
 from flash.records import Event, EventKind, RunState
-from flash.storage import schema
+from flash.storage import samples, schema, series
 from flash.storage.database import touch
 
 TERMINAL = tuple(state.value for state in RunState if state.terminal)
@@ -60,8 +61,16 @@ def append(
                 for offset, event in enumerate(new)
             ],
         )
+        series.fold(connection, run_id, _of_kind(new, first, EventKind.METRICS))
+        samples.note(connection, run_id, _of_kind(new, first, EventKind.SAMPLE))
     touch(connection, run_id)
     return int(last)
+
+
+def _of_kind(new: Sequence[NewEvent], first: int, kind: EventKind) -> list[series.Reported]:
+    return [
+        (first + offset, event.epoch, event.time, event.data) for offset, event in enumerate(new) if event.kind is kind
+    ]
 
 
 def read(

@@ -168,6 +168,36 @@ events = Table(
     Index("events_by_worker_count", "run_id", "epoch", "n", unique=True),
 )
 
+metric_blocks = Table(
+    "metric_blocks",
+    metadata,
+    Column("run_id", ForeignKey("runs.id"), primary_key=True),
+    Column("position", BigInteger, primary_key=True),  # 0, 1, 2, … in the order of reporting
+    Column("epoch", Integer),
+    Column("events", Integer, nullable=False),
+    Column("first_seq", BigInteger, nullable=False),
+    Column("last_seq", BigInteger, nullable=False),
+    Column("first_step", BigInteger, nullable=False),
+    Column("last_step", BigInteger, nullable=False),
+    Column("last_time", Double, nullable=False),
+    Column("sums", Json, nullable=False),  # {name: [count, sum, lowest, highest]}
+)
+
+samples = Table(
+    "samples",
+    metadata,
+    Column("run_id", ForeignKey("runs.id"), primary_key=True),
+    Column("seq", BigInteger, primary_key=True),  # of the event that holds the sample itself
+    Column("epoch", Integer),
+    Column("step", BigInteger, nullable=False),
+    Column("kind", String(16), nullable=False),  # rollout | eval
+    Column("row", BigInteger),
+    Column("reward", Double),
+    Column("spread", Double),  # highest minus lowest reward of its group
+    Column("truncated", Boolean, nullable=False),
+    Column("failed", Boolean, nullable=False),
+)
+
 checkpoints = Table(
     "checkpoints",
     metadata,
