@@ -36,8 +36,8 @@ def test_head_names_the_newest_migration():
     assert ScriptDirectory.from_config(config).get_heads() == [migrations.HEAD]
 
 
-def test_opening_a_database_at_head_imports_no_alembic(database: Database, tmp_path: Path):
-    database.close()
+def test_opening_a_database_at_head_imports_no_alembic(sqlite: Database, tmp_path: Path):
+    sqlite.close()
     code = f"""
         import sys
         from flash.storage.database import Database
@@ -47,19 +47,19 @@ def test_opening_a_database_at_head_imports_no_alembic(database: Database, tmp_p
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
 
 
-def test_a_second_process_is_refused_and_the_first_goes_on(database: Database, tmp_path: Path):
+def test_a_second_process_is_refused_and_the_first_goes_on(sqlite: Database, tmp_path: Path):
     with pytest.raises(Conflict, match="another Flash server"):
         Database(f"sqlite:///{tmp_path / 'flash.db'}")
-    with database.read() as connection:
+    with sqlite.read() as connection:
         assert connection.execute(select(func.count()).select_from(schema.orgs)).scalar() == 2
 
 
-def test_the_database_file_is_its_owners_only(database: Database, tmp_path: Path):
+def test_the_database_file_is_its_owners_only(sqlite: Database, tmp_path: Path):
     assert (tmp_path / "flash.db").stat().st_mode & 0o077 == 0
 
 
-def test_it_writes_through_to_the_disk_in_a_write_ahead_log(database: Database):
-    with database.write() as connection:
+def test_it_writes_through_to_the_disk_in_a_write_ahead_log(sqlite: Database):
+    with sqlite.write() as connection:
         settings = [connection.execute(text(f"PRAGMA {name}")).scalar() for name in ("journal_mode", "synchronous")]
     assert settings == ["wal", 2]
 
@@ -75,8 +75,8 @@ def test_a_home_may_have_any_name(tmp_path: Path, folder: str):
     assert (tmp_path / folder / "flash.db").stat().st_size > 0
 
 
-def test_readers_can_not_write(database: Database):
-    with pytest.raises(OperationalError, match="readonly"), database.read() as connection:
+def test_readers_can_not_write(sqlite: Database):
+    with pytest.raises(OperationalError, match="readonly"), sqlite.read() as connection:
         connection.execute(insert(schema.orgs).values(id="x", created_at=0.0))
 
 
@@ -119,13 +119,13 @@ def test_writers_on_many_threads_take_turns(database: Database):
         assert connection.execute(select(func.count()).select_from(schema.orgs)).scalar() == 2 + 80
 
 
-def test_what_was_committed_survives_kill_9_and_what_was_not_is_gone(tmp_path: Path):
+def test_what_was_committed_survives_kill_9_and_what_was_not_is_gone(url: URL):
     code = f"""
         import sys, time
         from sqlalchemy import insert
         from flash.storage import schema
         from flash.storage.database import Database
-        database = Database("sqlite:///{tmp_path}/flash.db")
+        database = Database("{url.render_as_string(hide_password=False)}")
         with database.write() as connection:
             connection.execute(insert(schema.orgs).values(id="committed", created_at=0.0))
         with database.write() as connection:
@@ -138,7 +138,7 @@ def test_what_was_committed_survives_kill_9_and_what_was_not_is_gone(tmp_path: P
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
     child.stdout.close()
-    database = Database(f"sqlite:///{tmp_path / 'flash.db'}")
+    database = Database(url)
     with database.read() as connection:
         assert connection.execute(select(schema.orgs.c.id)).scalars().all() == ["committed"]
     database.close()

@@ -1,9 +1,11 @@
-"""The database: one writer, many readers, migrations at start-up.
+"""The database: writers that take turns, readers that see one moment, migrations at start-up.
 
-Owns connections and transactions. On SQLite a single connection of a single process writes, behind a lock,
-and readers are opened read-only: versions up to 3.51.2 can corrupt a write-ahead log that two connections
-reset at once, and Python often links one of those. On Postgres the same two methods come from one pool.
-Knows nothing of runs; `on_commit` listeners learn which runs a transaction touched.
+Owns connections, transactions and the clock that goes with them. On SQLite a single connection of a single process
+writes, behind a lock, and readers are opened read-only: versions up to 3.51.2 can corrupt a write-ahead log that two
+connections reset at once, and Python often links one of those. On Postgres several servers write, and an advisory
+lock makes their transactions take turns just so, except that those about different runs go side by side: code that
+looks and then writes is right on both. Knows nothing of runs but their ids; `on_commit` listeners learn which runs a
+transaction touched.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import fcntl
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,9 +23,10 @@ from urllib.parse import quote
 
 from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
 from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.pool import QueuePool, StaticPool
 
-from flash.errors import Conflict
+from flash.errors import Conflict, InvalidInput, Unavailable
 from flash.storage.migrations import HEAD
 
 _BUSY_TIMEOUT_MS = 10_000
@@ -32,19 +36,29 @@ SQLITE_VERSION = sqlite3.sqlite_version
 
 
 class Database:
-    """Open it once per process. `write()` and `read()` yield connections inside a transaction."""
+    """Open it once per process. `write()` and `read()` yield connections inside a transaction.
+
+    `shared`: other servers may write too. Raises InvalidInput for a URL that is no database of ours, Unavailable
+    when the database can't be reached, Conflict when another process has the SQLite file.
+    """
 
     def __init__(self, url: str | URL) -> None:
-        self.url = make_url(url)
+        self.url = normal_url(url)
         self._lock = threading.RLock()
         self._listeners: list[Callable[[set[str]], None]] = []
         self._process_lock: int | None = None
-        if self.url.get_backend_name() == "sqlite":
-            self._writer, self._reader = self._open_sqlite(self.url)
+        self._offset: float | None = None  # of Postgres' clock against this process's monotonic one
+        self.shared = self.url.get_backend_name() != "sqlite"
+        if self.shared:
+            self._writer, self._reader = _open_postgres(self.url)
         else:
-            self._writer = self._reader = create_engine(self.url, pool_pre_ping=True)
-        self._serialise = self._writer is not self._reader
-        self._migrate()
+            self._writer, self._reader = self._open_sqlite(self.url)
+        try:
+            self._migrate()
+        except DBAPIError as error:
+            self.close()
+            reason = " ".join(str(error.orig).split())[:300]
+            raise Unavailable(f"the database at {self.url} can't be used: {reason}", remedy=_REACH) from None
 
     def _open_sqlite(self, url: URL) -> tuple[Engine, Engine]:
         path = Path(url.database or "")
@@ -72,29 +86,65 @@ class Database:
                 return
             from alembic import command
             from alembic.config import Config
+            from alembic.util import CommandError
 
             config = Config()
             config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
             config.attributes["connection"] = connection
-            command.upgrade(config, "head")
+            try:
+                command.upgrade(config, "head")
+            except CommandError as error:
+                raise Conflict(
+                    f"the database is at revision {_revision(connection)}, which this version does not know",
+                    remedy="use the version of Flash that wrote it, or a newer one",
+                ) from error
 
     @contextmanager
-    def write(self) -> Iterator[Connection]:
-        """A transaction that may write: committed when the block ends, rolled back when it raises."""
+    def write(self, *, about: str | None = None) -> Iterator[Connection]:
+        """A transaction that may write: committed when the block ends, rolled back when it raises.
+
+        `about` names the one run whose rows it looks at and changes, so that it need not wait for transactions
+        about other runs where the database can do without. Never open one inside another.
+        """
         touched: set[str] = set()
         with self._exclusive(), self._writer.begin() as connection:
             connection.info[_TOUCHED] = touched
+            if self.shared:
+                self._take_turn(connection, about)
             yield connection
         for listener in self._listeners if touched else ():
             listener(touched)
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
-        if not self._serialise:
+        if self.shared:
             yield
             return
         with self._lock:
             yield
+
+    def _take_turn(self, connection: Connection, about: str | None) -> None:
+        """Waits for this transaction's turn, and learns Postgres' time on the way."""
+        from flash.storage import postgres
+
+        mode = "" if about is None else "_shared"
+        self._learn_time(connection, f"pg_advisory_xact_lock{mode}({_pair(postgres.EVERYTHING)})")
+        if about is not None:
+            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_pair(postgres.run_lock(about))})")
+
+    def _learn_time(self, connection: Connection, first: str = "NULL") -> None:
+        asked = f"SELECT {first}, extract(epoch FROM clock_timestamp())::float8"
+        self._offset = float(connection.exec_driver_sql(asked).one()[1]) - time.monotonic()
+
+    def clock(self) -> float:
+        """UTC seconds: of Postgres' clock, so that servers agree, as it was learned with this process's last write."""
+        if not self.shared:
+            return time.time()
+        if self._offset is None:
+            with self.read() as connection:
+                self._learn_time(connection)
+        assert self._offset is not None
+        return time.monotonic() + self._offset
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
@@ -113,6 +163,41 @@ class Database:
         if self._process_lock is not None:
             os.close(self._process_lock)
             self._process_lock = None
+
+
+_REACH = "check the address, the password and that it runs"
+
+
+def normal_url(url: str | URL) -> URL:
+    """The URL with our driver for Postgres; InvalidInput for anything but SQLite and Postgres."""
+    try:
+        parsed = make_url(url)
+    except ArgumentError:
+        raise InvalidInput("the database's URL can't be read", remedy=_FORM) from None
+    if parsed.drivername in ("postgres", "postgresql"):
+        parsed = parsed.set(drivername="postgresql+psycopg")
+    if parsed.drivername not in ("sqlite", "postgresql+psycopg"):
+        raise InvalidInput(f"{parsed.drivername!r} is no database that Flash knows", remedy=_FORM)
+    return parsed
+
+
+_FORM = "write postgresql://user:password@host/name, or sqlite:////path/to/flash.db"
+
+
+def _open_postgres(url: URL) -> tuple[Engine, Engine]:
+    try:
+        from flash.storage import postgres
+    except ImportError:
+        raise InvalidInput(
+            "the driver for Postgres is not installed", remedy="pip install 'flash-lora[postgres]'"
+        ) from None
+    writer = postgres.open_engine(url)
+    reader = writer.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+    return writer, reader
+
+
+def _pair(lock: tuple[int, int]) -> str:
+    return f"{lock[0]}, {lock[1]}"
 
 
 def touch(connection: Connection, run_id: str) -> None:
