@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -19,11 +20,14 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flash import __version__
+from flash.control_plane.calling import new_client
 from flash.control_plane.reconciler import Reconciler
-from flash.control_plane.routes import environments, runs, server, worker
+from flash.control_plane.routes import deployments, environments, metrics, openai, runs, server, worker
+from flash.control_plane.routes.openai import openai_answer, speaks_openai
 from flash.control_plane.services import Services, open_services
 from flash.control_plane.settings import ServerSettings
 from flash.errors import ConfigError, FlashError, InternalError, InvalidInput, NotFound, Unavailable
+from flash.serving.openai import as_api_error, error_body, validation_error
 
 log = logging.getLogger("flash.server")
 
@@ -64,10 +68,11 @@ def create_app(
     reconciler = Reconciler(plane)
 
     @asynccontextmanager
-    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         if reconcile:
             reconciler.start()
-        yield
+        async with new_client() as app.state.hosts:
+            yield
         plane.followers.close()
         if reconcile:
             reconciler.stop()
@@ -76,8 +81,9 @@ def create_app(
 
     app = FastAPI(title="Flash", version=__version__, lifespan=lifespan, responses=ERRORS)
     app.state.services = plane
-    for routes in (server, runs, environments, worker):
+    for routes in (server, runs, environments, deployments, openai, metrics, worker):
         app.include_router(routes.router)
+    app.include_router(worker.engine_router)
     app.add_exception_handler(FlashError, _flash_error)
     app.add_exception_handler(RequestValidationError, _invalid_request)
     app.add_exception_handler(HTTPException, _http_error)
@@ -87,49 +93,56 @@ def create_app(
     return app
 
 
-def _answer(error: FlashError, status: int | None = None) -> Response:
-    headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
+def _answer(request: Request, error: FlashError, status: int | None = None) -> Response:
+    if speaks_openai(request.url.path):
+        return openai_answer(error, status=status)
+    headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
+    if error.retry_after_s is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
     # Escaped to ASCII: a message may quote text from the request that UTF-8 can't carry.
     body = json.dumps({"error": error.to_wire()})
     return Response(body, status or error.status, headers=headers, media_type="application/json")
 
 
-async def _flash_error(_request: Request, error: Exception) -> Response:
+async def _flash_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, FlashError)
     if error.status >= 500:
         log.error("%s: %s", type(error).__name__, error)
-    return _answer(error)
+    return _answer(request, error)
 
 
-async def _invalid_request(_request: Request, error: Exception) -> Response:
+async def _invalid_request(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     found = error.errors()
+    if speaks_openai(request.url.path):
+        return openai_answer(validation_error(found))
     if any(item["type"] == "json_invalid" for item in found):
-        return _answer(InvalidInput("the body is not valid JSON"), 400)
+        return _answer(request, InvalidInput("the body is not valid JSON"), 400)
     # Values are left out: a body may hold secrets.
     problems = [f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}" for item in found[:20]]
-    return _answer(ConfigError(problems), 422)
+    return _answer(request, ConfigError(problems), 422)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code == 404:
-        return _answer(NotFound(f"nothing is at {request.url.path!r:.200}"))
+        return _answer(request, NotFound(f"nothing is at {request.url.path!r:.200}"))
     if error.status_code == 400:
-        return _answer(InvalidInput("the body can't be read"), 400)
-    answer = _answer(InvalidInput(str(error.detail)), error.status_code)
+        return _answer(request, InvalidInput("the body can't be read"), 400)
+    answer = _answer(request, InvalidInput(str(error.detail)), error.status_code)
     answer.headers.update(error.headers or {})
     return answer
 
 
-async def _database_error(_request: Request, error: Exception) -> Response:
+async def _database_error(request: Request, error: Exception) -> Response:
     log.error("the database failed: %s", error)
-    return _answer(Unavailable("the database can't be used now", remedy="see the server's log; try again"))
+    problem = Unavailable("the database can't be used now", remedy="see the server's log; try again")
+    return _answer(request, problem)
 
 
 async def _defect(request: Request, error: Exception) -> Response:
     log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    return _answer(InternalError("a defect in Flash's server", remedy="see the server's log"))
+    return _answer(request, InternalError("a defect in Flash's server", remedy="see the server's log"))
 
 
 class BodyLimit:
@@ -148,7 +161,7 @@ class BodyLimit:
         limit = self._archive_limit if archives else self._limit
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > limit:
-            await _refuse(send, limit)
+            await _refuse(send, limit, scope["path"])
             return
         received = 0
 
@@ -167,9 +180,10 @@ def _too_large(limit: int) -> str:
     return f"the body is larger than {limit:,} bytes"
 
 
-async def _refuse(send: Send, limit: int) -> None:
+async def _refuse(send: Send, limit: int, path: str) -> None:
     error = InvalidInput(_too_large(limit), remedy="send less at once")
-    body = json.dumps({"error": error.to_wire()}).encode()
+    told = error_body(as_api_error(error)) if speaks_openai(path) else {"error": error.to_wire()}
+    body = json.dumps(told).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": 413, "headers": [*headers, (b"connection", b"close")]})
     await send({"type": "http.response.body", "body": body})

@@ -1,4 +1,4 @@
-"""Who may: bearer tokens of people and of attempts, as route dependencies."""
+"""Who may: bearer tokens of people, of attempts and of engines, as route dependencies."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from fastapi import Depends, Header, Request
 
 from flash.control_plane.services import Services
 from flash.errors import Conflict, Unauthorized
-from flash.records import AttemptState
-from flash.storage import identity, runs
+from flash.records import AttemptState, EngineState
+from flash.storage import engines, identity, runs
 from flash.storage.identity import Caller
 
 
@@ -62,6 +62,20 @@ def _worker(plane: Plane, token: Bearer, attempt_id: str) -> WorkerIdentity:
 
 
 Worker = Annotated[WorkerIdentity, Depends(_worker)]
+
+
+def _engine(plane: Plane, token: Bearer, engine_id: str) -> engines.EngineRow:
+    """The engine whose host speaks; Conflict tells one that is over to exit."""
+    with plane.database.read() as connection:
+        row = engines.get(connection, engine_id)
+    if not row.token_sha256 or not identity.matches(token, row.token_sha256):
+        raise Unauthorized("the token is not this engine's")
+    if row.state in (EngineState.ENDING, EngineState.ENDED):
+        raise Conflict(f"engine {row.id} is {row.state.value}", remedy="this host must exit")
+    return row
+
+
+EngineHost = Annotated[engines.EngineRow, Depends(_engine)]
 
 
 def require_live(attempt: runs.AttemptRow, epoch: int, *, states: tuple[AttemptState, ...]) -> None:

@@ -1,4 +1,5 @@
-"""What nobody needs any more: half-written objects, ended runs' folders, objects that no checkpoint names.
+"""What nobody needs any more: half-written objects, folders of ended runs and engines, objects that no checkpoint
+names.
 
 Owns what may go and when; everything waits out a grace period first. A failure leaves the rest for the next
 time: cleaning never holds up a run.
@@ -13,7 +14,7 @@ import time
 from flash.artifacts.manifests import adapter_only, manifest_key, object_key
 from flash.control_plane.services import Services
 from flash.errors import FlashError
-from flash.storage import runs
+from flash.storage import engines, runs
 
 log = logging.getLogger("flash.cleaning")
 
@@ -31,7 +32,7 @@ class Cleaner:
         if self._last is not None and now - self._last < self._plane.settings.clean_interval_s:
             return
         self._last = now
-        for part in (self._half_written, self._ended_runs, self._unknown_runs):
+        for part in (self._half_written, self._ended_runs, self._ended_engines, self._unknown_runs):
             try:
                 part()
             except (FlashError, OSError) as error:
@@ -50,6 +51,16 @@ class Cleaner:
             shutil.rmtree(plane.settings.home / "work" / run_id, ignore_errors=True)
             with plane.database.write() as connection:
                 runs.note_cleaned(connection, run_id, now=plane.clock())
+
+    def _ended_engines(self) -> None:
+        plane = self._plane
+        before = plane.clock() - plane.settings.work_grace_s
+        with plane.database.read() as connection:
+            ended = engines.ended(connection, before=before)
+        for engine in ended:
+            shutil.rmtree(engine.work_dir, ignore_errors=True)
+            with plane.database.write() as connection:
+                engines.forget(connection, engine.id)
 
     def _unknown_runs(self) -> None:
         """What a server that died while it prepared a run left in the store.

@@ -1,8 +1,8 @@
 """The server process of one FLASH_HOME: `python -m flash.control_plane.main`.
 
 Owns the socket, `server.json`, the log, and when the process ends: on SIGTERM or SIGINT, on request, or when
-nothing has lived and no one has asked for a while. Port and token are chosen once and kept, so that addresses
-last and workers find a restarted server again.
+nothing has lived and no one has asked for a while; a run, an engine and a deployed name keep it. Port and token
+are chosen once and kept, so that addresses last and workers and engines find a restarted server again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from flash.control_plane.services import Services, open_services
 from flash.control_plane.settings import ServerSettings, load_settings
 from flash.errors import FlashError, InvalidInput
 from flash.launching.launcher import Launcher
-from flash.storage import identity, runs
+from flash.storage import deployments, engines, identity, runs
 
 log = logging.getLogger("flash.server")
 
@@ -54,8 +54,8 @@ def read_address(path: Path) -> Address | None:
         return None
 
 
-def write_address(path: Path, address: Address, *, started_at: float) -> None:
-    """Whole or not at all, readable by its owner only."""
+def write_address(home: Path, address: Address, *, started_at: float) -> None:
+    """`server.json`, and `token` with the token alone, for programs that take a key from a file."""
     value = {
         "port": address.port,
         "token": address.token,
@@ -63,10 +63,16 @@ def write_address(path: Path, address: Address, *, started_at: float) -> None:
         "version": __version__,
         "started_at": started_at,
     }
+    _write_private(home / "token", address.token + "\n")
+    _write_private(home / "server.json", json.dumps(value))
+
+
+def _write_private(path: Path, text: str) -> None:
+    """Whole or not at all, readable by its owner only."""
     draft = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     descriptor = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
     with os.fdopen(descriptor, "w") as file:
-        json.dump(value, file)
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     draft.rename(path)
@@ -125,7 +131,7 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         if self.should_exit:
             return
-        write_address(self._plane.settings.home / "server.json", self._address, started_at=time.time())
+        write_address(self._plane.settings.home, self._address, started_at=time.time())
         log.info("listening on %s (pid %d, version %s)", self._plane.api_url, os.getpid(), __version__)
         self._watcher = asyncio.create_task(self._watch())
 
@@ -147,7 +153,9 @@ class Server(uvicorn.Server):
 
     def _busy(self) -> bool:
         with self._plane.database.read() as connection:
-            return bool(runs.open_runs(connection))
+            return bool(
+                runs.open_runs(connection) or engines.live(connection) or deployments.count_live(connection)
+            )
 
 
 def serve(settings: ServerSettings, *, launcher: Launcher | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Makes what is so into what is wanted: `decide` looks at a snapshot, `Reconciler` acts.
+"""Makes what is so into what is wanted, for runs and engines: `decide` looks at a snapshot, `Reconciler` acts.
 
 `decide` is pure: it reads no clock, no database and no process. It is level-triggered: it goes by how things
 are, never by what happened last, so a restarted server just goes on. Every action is applied as a
@@ -9,12 +9,24 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import Connection
 
 from flash.control_plane.cleaning import Cleaner
+from flash.control_plane.engines import (
+    EngineAction,
+    Engines,
+    EngineSnapshot,
+    NoteWait,
+    StartEngine,
+    shares,
+    wait_reason,
+    watch,
+    yielding,
+)
 from flash.control_plane.salvaging import salvage
 from flash.control_plane.services import Services
 from flash.control_plane.settings import ServerSettings
@@ -22,8 +34,8 @@ from flash.control_plane.status import FAILURE_WORDS, backoff_left
 from flash.errors import FlashError
 from flash.failpoints import failpoint
 from flash.launching.launcher import LaunchRequest, Probe
-from flash.records import AttemptState, FailureKind, Phase, RunState
-from flash.storage import identity, runs
+from flash.records import AttemptState, EngineState, FailureKind, Phase, RunState
+from flash.storage import engines, identity, runs
 
 log = logging.getLogger("flash.reconciler")
 
@@ -71,11 +83,12 @@ class RunSnapshot:
     micro_batch_divisor: int = 1
     active_s: float = 0.0
     wall_clock_limit_s: float | None = None
+    created_at: float = 0.0  # wall clock; its place in the queue
 
 
 @dataclass(frozen=True)
 class Orphan:
-    """A worker that the launcher lists and the database does not expect."""
+    """A worker that the launcher lists and the database does not expect: an attempt's or an engine's."""
 
     attempt_id: str
     handle: str
@@ -87,6 +100,7 @@ class Snapshot:
     runs: tuple[RunSnapshot, ...]  # in order of submission
     devices: tuple[str, ...]  # none while the launcher is out of reach
     orphans: tuple[Orphan, ...] = ()
+    engines: tuple[EngineSnapshot, ...] = ()  # live ones, oldest first
     listed: bool = True  # False: the launcher could not say what lives
 
 
@@ -166,7 +180,7 @@ class Settle:
     error: dict[str, object] | None = field(default=None, hash=False)
 
 
-Action = StartAttempt | Launch | Adopt | AskToStop | EndAttempt | Kill | ConfirmDead | Requeue | Settle
+Action = StartAttempt | Launch | Adopt | AskToStop | EndAttempt | Kill | ConfirmDead | Requeue | Settle | EngineAction
 
 
 def decide(snapshot: Snapshot, now: float, settings: ServerSettings) -> list[Action]:
@@ -179,6 +193,8 @@ def decide(snapshot: Snapshot, now: float, settings: ServerSettings) -> list[Act
         settled = _judge(run, settings)
         if settled is not None:
             actions.append(settled)
+    for engine in snapshot.engines:
+        actions += watch(engine, settings, listed=snapshot.listed)
     judged = {action.run_id for action in actions if isinstance(action, Settle)}
     actions += _place(snapshot, judged, now, settings)
     actions += [
@@ -307,20 +323,60 @@ def _error(failure: FailureKind, message: str, reported: dict[str, object] | Non
 
 
 def _place(snapshot: Snapshot, judged: set[str], now: float, settings: ServerSettings) -> list[Action]:
-    """Gives free devices to queued runs, oldest first; one in back-off holds no one up."""
-    taken = {attempt.device for run in snapshot.runs for attempt in run.attempts if attempt.live}
-    free = [device for device in snapshot.devices if device not in taken]
+    """Gives free devices to what waits, runs and engines alike, oldest first; a run in back-off holds no one up.
+
+    Where nothing is free, idle engines are asked to leave.
+    """
+    runs_on = {attempt.device: run.run_id for run in snapshot.runs for attempt in run.attempts if attempt.live}
+    engines_on = {engine.device: engine for engine in snapshot.engines if engine.device is not None}
+    waiting: dict[str, bool] = {}  # what found no device, and whether it is an engine
     actions: list[Action] = []
-    for run in snapshot.runs:
-        if not free:
-            break
-        waiting = run.state is RunState.QUEUED and run.desired == "run" and run.run_id not in judged
-        if waiting and not any(attempt.live for attempt in run.attempts):
-            if backoff_left(run.retry_at, now, settings) > 0:
+    for item in _queue(snapshot, judged, now, settings):
+        if isinstance(item, RunSnapshot):
+            device = _free(snapshot.devices, runs_on, engines_on)
+            if device is None:
+                waiting[item.run_id] = False
                 continue
-            epoch = run.attempts[-1].epoch + 1 if run.attempts else 1
-            actions.append(StartAttempt(run.run_id, epoch, free.pop(0)))
-    return actions
+            runs_on[device] = item.run_id
+            actions.append(StartAttempt(item.run_id, item.attempts[-1].epoch + 1 if item.attempts else 1, device))
+        else:
+            device = _free(snapshot.devices, engines_on, runs_on)
+            if device is None:
+                waiting[item.engine_id] = True
+                continue
+            engines_on[device] = item
+            actions.append(StartEngine(item.engine_id, device))
+    reason = wait_reason(snapshot.devices, runs_on, engines_on)
+    for engine in snapshot.engines:
+        if waiting.get(engine.engine_id) and engine.reason != reason:
+            actions.append(NoteWait(engine.engine_id, reason))
+    return [*actions, *yielding(snapshot.engines, waiting, settings)]
+
+
+def _free(devices: tuple[str, ...], own_kind: Container[str], other_kind: Container[str]) -> str | None:
+    """The first device that holds none of the same kind, and none of the other that it can't be shared with."""
+    return next((name for name in devices if name not in own_kind and (shares(name) or name not in other_kind)), None)
+
+
+def _queue(
+    snapshot: Snapshot, judged: set[str], now: float, settings: ServerSettings
+) -> list[RunSnapshot | EngineSnapshot]:
+    """What could be started at once if there was a device for it, in order."""
+    waiting: list[RunSnapshot | EngineSnapshot] = [
+        run
+        for run in snapshot.runs
+        if run.state is RunState.QUEUED
+        and run.desired == "run"
+        and run.run_id not in judged
+        and not any(attempt.live for attempt in run.attempts)
+        and backoff_left(run.retry_at, now, settings) <= 0
+    ]
+    waiting += [
+        engine
+        for engine in snapshot.engines
+        if engine.state is EngineState.WAITING and engine.unwanted_s < settings.engine_want_s
+    ]
+    return sorted(waiting, key=lambda item: item.created_at)
 
 
 # --- acting -------------------------------------------------------------------------------------------
@@ -334,6 +390,7 @@ class Reconciler:
         self._thread: threading.Thread | None = None
         self._stopped = threading.Event()
         self._cleaner = Cleaner(plane)
+        self._engines = Engines(plane)
 
     def start(self) -> None:
         self._thread = threading.Thread(target=self._loop, name="reconciler", daemon=True)
@@ -379,6 +436,7 @@ class Reconciler:
         listed, devices = self._ask_launcher()
         with plane.database.read() as connection:
             open_runs = runs.open_runs(connection)
+            live_engines = engines.live(connection)
             attempts = runs.attempts_of(connection, [run.id for run in open_runs])
             brought = {
                 run.id: {found.epoch for found in runs.checkpoints_of(connection, run.id)} for run in open_runs
@@ -401,18 +459,24 @@ class Reconciler:
                     micro_batch_divisor=run.micro_batch_divisor,
                     active_s=run.active_s,
                     wall_clock_limit_s=run.wall_clock_limit_s,
+                    created_at=run.created_at,
                 )
             )
+        hosts = tuple(
+            self._engines.see(row, self._probe(row.handle) if row.handle else None, listed or {})
+            for row in live_engines
+        )
+        expected |= {row.id for row in live_engines}
         orphans = tuple(
             Orphan(attempt_id, handle, plane.stopwatches.elapsed(attempt_id, "orphan"))
             for attempt_id, handle in (listed or {}).items()
             if attempt_id not in expected
         )
         plane.stopwatches.keep_only({*expected, *(orphan.attempt_id for orphan in orphans)})
-        return Snapshot(tuple(seen), devices, orphans, listed=listed is not None)
+        return Snapshot(tuple(seen), devices, orphans, hosts, listed=listed is not None)
 
     def _ask_launcher(self) -> tuple[dict[str, str] | None, tuple[str, ...]]:
-        """What lives by attempt id (None: it can't be told), and the devices; trouble there must not stop a look."""
+        """What lives by its id (None: it can't be told), and the devices; trouble there must not stop a look."""
         try:
             return self._plane.launcher.list(), tuple(self._plane.launcher.devices())
         except Exception as error:
@@ -453,6 +517,8 @@ class Reconciler:
 
     def apply(self, action: Action) -> bool:
         """Carries out one action; False if nothing changed."""
+        if isinstance(action, EngineAction):
+            return self._engines.apply(action)
         if isinstance(action, StartAttempt):
             return self._start_attempt(action)
         if isinstance(action, Launch):

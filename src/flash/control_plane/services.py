@@ -11,6 +11,7 @@ from flash.artifacts.store import Store
 from flash.control_plane.followers import Followers
 from flash.control_plane.settings import ServerSettings
 from flash.control_plane.stopwatches import Stopwatches
+from flash.control_plane.traffic import Traffic
 from flash.launching.launcher import Launcher
 from flash.launching.local import LocalLauncher
 from flash.storage.database import Database
@@ -24,7 +25,8 @@ class Services:
     store: Store
     vault: Vault
     launcher: Launcher
-    stopwatches: Stopwatches = field(default_factory=Stopwatches)
+    stopwatches: Stopwatches
+    traffic: Traffic
     followers: Followers = field(default_factory=Followers)
     wake: threading.Event = field(default_factory=threading.Event)  # asks the reconciler to look now
     stopping: threading.Event = field(default_factory=threading.Event)  # someone asked the server to stop
@@ -43,13 +45,15 @@ def open_services(
     """Opens (and at first makes) everything under the settings' home."""
     settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
     database = Database(settings.database)
+    watches = stopwatches or Stopwatches()
     services = Services(
         settings=settings,
         database=database,
         store=Store(settings.store, settings.store_options),
         vault=Vault.open(settings.home / "vault.key"),
         launcher=launcher or LocalLauncher(settings.home / "work", devices=settings.devices),
-        stopwatches=stopwatches or Stopwatches(),
+        stopwatches=watches,
+        traffic=Traffic(watches, settings.max_requests),
         fetches=threading.BoundedSemaphore(settings.github_fetches),
         api_url=f"http://{settings.host}:{settings.port}",
     )

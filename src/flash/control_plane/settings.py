@@ -66,6 +66,22 @@ class ServerSettings(BaseModel):
     wall_clock_factor: float = Field(default=3.0, gt=0)
     wall_clock_unknown_s: float = Field(default=86400.0, gt=0)  # where no estimate can be made
 
+    engine_wait_s: float = Field(default=120.0, ge=0)  # how long a request waits for an engine that has to start
+    engine_want_s: float = Field(default=60.0, gt=0)  # a queued engine that no one waited for so long is dropped
+    engine_load_s: float = Field(default=3600.0, gt=0)  # from its host's first report to a loaded base
+    engine_idle_s: float = Field(default=300.0, ge=0)  # without a request for so long, an engine leaves; 0: never
+    engine_yield_s: float = Field(default=5.0, ge=0)  # the same, where something else waits for its device
+    engine_drain_s: float = Field(default=120.0, ge=0)  # from being asked to leave to the kill
+    engine_silence_s: float = Field(default=600.0, gt=0)  # from one piece of an answer to the next
+    engine_rows: int = Field(default=64, ge=1)  # completions that an engine decodes at once
+    engine_waiting: int = Field(default=256, ge=0)  # requests that wait for a row; one more gets 429
+    engine_cache_bytes: int = Field(default=1 << 30, ge=0)  # of cached prefixes
+    engine_adapters: int = Field(default=32, ge=1)  # adapters on an engine's device at once
+    engine_disk_bytes: int = Field(default=16 << 30, ge=0)  # of adapters' files in the cache folder
+    engine_threads: int = Field(default=0, ge=0)  # of an engine on a CPU; 0: as many as there are cores
+    max_requests: int = Field(default=512, ge=1)  # open at once on their way to engines
+    smoke_s: float = Field(default=300.0, gt=0)  # a deploy's smoke completion, the fetch of its adapter included
+
     reconcile_interval_s: float = Field(default=1.0, gt=0)
     idle_exit_s: float = Field(default=1800.0, ge=0)  # 0: never
     graceful_shutdown_s: int = Field(default=2, ge=0)

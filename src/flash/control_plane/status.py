@@ -46,7 +46,7 @@ def summarise(
     """`summary` and `next`. `ahead`: runs that wait for a device before this one."""
     last = attempts[-1] if attempts else None
     if run.state is RunState.DONE:
-        return _done(run, checkpoints), f"export it with `flash export --adapter-id {run.id} --output DIR`"
+        return _done(run, checkpoints), f"serve it with `flash deploy {run.id}`, or copy it out with `flash export`"
     if run.state is RunState.FAILED:
         message = (run.error or {}).get("message") or "the run failed"
         return f"failed{_at(run)}: {message}", _after_end(run, checkpoints)
@@ -164,6 +164,7 @@ def run_status(
     ahead: int,
     settings: ServerSettings,
     store_url: str,
+    deployment: str | None = None,
 ) -> RunStatus:
     summary, following = summarise(run, attempts, checkpoints, now=now, ahead=ahead, settings=settings)
     final = next((found for found in reversed(checkpoints) if found.final), None)
@@ -187,7 +188,7 @@ def run_status(
         metrics=metrics,
         checkpoints=tuple(checkpoint.ref for checkpoint in checkpoints),
         adapter_ref=final.ref if final else None,
-        deployment=None,
+        deployment=deployment,
         estimated_cost_usd=estimated_usd(run),
         cost_usd=cost_usd(run),
         error=run.error,

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import Connection, exists, insert, or_, select, update
+from sqlalchemy import Connection, exists, func, insert, or_, select, update
 
 from flash.errors import Conflict, NotFound
 from flash.records import (
@@ -222,6 +222,14 @@ def open_runs(connection: Connection) -> list[RunRow]:
         .order_by(table.c.created_at, table.c.id)
     )
     return [_run(row) for row in rows]
+
+
+def count_by_state(connection: Connection, *, org: str) -> dict[str, int]:
+    """An org's runs by state; every state is named."""
+    table = schema.runs
+    query = select(table.c.state, func.count()).where(table.c.org_id == org).group_by(table.c.state)
+    counted = {str(state): int(count) for state, count in connection.execute(query)}
+    return {state.value: counted.get(state.value, 0) for state in RunState}
 
 
 def transition(

@@ -15,6 +15,7 @@ from starlette.concurrency import run_in_threadpool
 
 from flash.artifacts.manifests import adapter_only, stream_file
 from flash.control_plane.auth import Me, Plane
+from flash.control_plane.deploying import live_ref
 from flash.control_plane.retrying import retry as retry_run
 from flash.control_plane.services import Services
 from flash.control_plane.status import run_status, run_summary
@@ -70,6 +71,7 @@ def _status(plane: Services, connection: Connection, run: runs.RunRow) -> RunSta
         ahead=waiting,
         settings=plane.settings,
         store_url=plane.store.url,
+        deployment=live_ref(connection, run.id),
     )
 
 

@@ -1,6 +1,6 @@
-"""The worker API: claim, heartbeat, events, checkpoints, finish, the environment's archive.
+"""The worker API: claim, heartbeat, events, checkpoints, finish, the environment's archive; an engine's heartbeat.
 
-Every write is fenced: it names its attempt and epoch, and one that is over gets 409.
+Every write is fenced: it names its attempt and epoch (or its engine), and one that is over gets 409.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from sqlalchemy import Connection
 
 from flash.artifacts.manifests import environment_key
 from flash.control_plane import checkpoints
-from flash.control_plane.auth import Plane, Worker, WorkerIdentity, require_live
+from flash.control_plane.auth import EngineHost, Plane, Worker, WorkerIdentity, require_live
+from flash.control_plane.engines import record_heartbeat
 from flash.control_plane.redacting import redacted_events, redacted_finish, redacted_manifest, redactor_for
 from flash.control_plane.services import Services
 from flash.errors import Conflict
@@ -29,9 +30,11 @@ from flash.records import (
     Heartbeat,
     HeartbeatAnswer,
 )
+from flash.serving.hello import EngineAnswer, EngineHeartbeat
 from flash.storage import environments, runs
 
 router = APIRouter(prefix="/worker/attempts/{attempt_id}", tags=["worker"])
+engine_router = APIRouter(prefix="/worker/engines/{engine_id}", tags=["worker"])
 
 RUNNING = (AttemptState.RUNNING,)
 
@@ -189,3 +192,8 @@ def environment(worker: Worker, plane: Plane) -> Response:
         _live(connection, worker, worker.epoch)
         run = runs.get_run(connection, worker.run_id)
     return Response(plane.store.get_bytes(environment_key(run.environment_sha256)), media_type="application/gzip")
+
+
+@engine_router.post("/heartbeat")
+def engine_heartbeat(body: EngineHeartbeat, engine: EngineHost, plane: Plane) -> EngineAnswer:
+    return record_heartbeat(plane, engine, body)
