@@ -97,6 +97,17 @@ def test_a_model_comes_whole_and_once(stand_in, hub):
     assert stand_in.bytes_of() == sum(map(len, files.values()))
 
 
+@pytest.mark.parametrize("split_too", [False, True])
+def test_a_model_in_one_file_needs_no_index(split_too, stand_in, hub):
+    whole = {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors": weights(1000, 1)}
+    commit = stand_in.add("team/tiny", {**repository(), **whole} if split_too else whole)
+    found = fetch("team/tiny", hub=hub)
+    assert (found.folder / "model.safetensors").read_bytes() == weights(1000, 1)
+    assert stand_in.bytes_of(*NAMES) == 0
+    asked = len(stand_in.requests)
+    assert fetch("team/tiny", commit, hub=hub) == found and len(stand_in.requests) == asked
+
+
 def test_a_new_commit_fetches_what_changed_alone(stand_in, hub):
     first = stand_in.add("team/tiny", repository())
     old = fetch("team/tiny", hub=hub)

@@ -228,8 +228,9 @@ class _Fetcher:
         small = [file for file in small if file.size <= _LARGEST_SMALL]
         self._bring_all(commit, folder, small, None)
         if weights:
-            names = self._weight_names(folder, {file.name for file in small})
-            missing = sorted(set(names) - {file.name for file in listed})
+            known = {file.name for file in listed}
+            names = (WEIGHTS,) if WEIGHTS in known else self._shards(folder)
+            missing = sorted(set(names) - known)
             if missing:
                 raise ModelError(f"{self._label}: {INDEX} names {missing[0]}, which its repository lacks")
             large = [self._described(commit, file) for file in listed if file.name in names]
@@ -239,12 +240,10 @@ class _Fetcher:
             self._note_revision(commit)
         return folder
 
-    def _weight_names(self, folder: Path, small: set[str]) -> tuple[str, ...]:
-        if INDEX not in small:
-            return (WEIGHTS,)
+    def _shards(self, folder: Path) -> tuple[str, ...]:
         try:
             return shards_of((folder / INDEX).read_bytes())
-        except ValueError as error:
+        except (ValueError, FileNotFoundError) as error:  # not there: it was too large for an index
             raise ModelError(f"{self._label}: {INDEX} can't be read: {error}") from None
 
     def _bring_all(self, commit: str, folder: Path, files: list[_File], progress: Progress | None) -> None:

@@ -62,9 +62,12 @@ def refusal(names: Collection[str]) -> tuple[str, str] | None:
 
 
 def weight_files(folder: Path) -> tuple[str, ...]:
-    """Names of the files that hold the weights, whether they are there or not. ValueError: the index is none."""
+    """Names of the files that hold the weights, whether they are there or not; one whole file goes first, as
+    transformers has it. ValueError: the index is none."""
     index = folder / INDEX
-    return shards_of(index.read_bytes()) if index.is_file() else (WEIGHTS,)
+    if (folder / WEIGHTS).exists() or not index.is_file():
+        return (WEIGHTS,)
+    return shards_of(index.read_bytes())
 
 
 def is_complete(folder: Path) -> bool:
@@ -88,10 +91,10 @@ def damage(path: Path) -> str | None:
             if length > min(size, _LONGEST_HEADER):
                 return "it is cut short, or no safetensors file"
             header = json.loads(file.read(length))
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
     except FileNotFoundError:
         return "it is missing"
-    except (OSError, ValueError, struct.error, AttributeError, KeyError, IndexError, TypeError):
+    except (OSError, ValueError, OverflowError, struct.error, AttributeError, LookupError, TypeError):
         return "it is cut short, or no safetensors file"
     whole = 8 + length + max(ends, default=0)
     return None if size == whole else f"it is {size:,} bytes long, and its header speaks of {whole:,}"
