@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from torture.rows import ROWS
-from torture.tally import Row, Tally, table
+from torture.tally import Row, Tally, Unsupported, table
 
 PAGE = Path(__file__).parent.parent / "docs" / "reliability.md"
 BEGIN, END = "<!-- table -->", "<!-- /table -->"
@@ -35,12 +35,18 @@ def main() -> int:
     rows = [row for row in ROWS if not chosen.row or row.key in chosen.row]
     if chosen.one:
         row = next(row for row in ROWS if row.key == chosen.one)
-        print(json.dumps(vars(row.run(chosen.count, chosen.seed))))
+        try:
+            print(json.dumps(vars(row.run(chosen.count, chosen.seed))))
+        except Unsupported as reason:
+            print(json.dumps({"note": str(reason)}))
         return 0
     results = []
     for row in rows:
         count = chosen.count or (row.short if chosen.short else row.long)
         tally, seconds = _in_own_process(row, count, chosen.seed)
+        if not tally.injected:
+            print(f"{row.name}: not run: {tally.note}", file=sys.stderr)
+            continue
         results.append((row, tally, seconds))
         print(f"{row.name}: {tally.injected:,} injected, {tally.lost:,} lost, {seconds:.0f} s", file=sys.stderr)
         for loss in tally.losses[:5]:

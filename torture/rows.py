@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torture import archives, control_plane, fencing, fuzzing, resuming, soaking, stores
+from torture import archives, control_plane, disks, fencing, fuzzing, resuming, soaking, stores
 from torture.tally import Row
 
 ROWS = (
@@ -15,6 +15,7 @@ ROWS = (
     Row("fence", "SIGSTOP past the lease, then SIGCONT", "no write accepted, the worker leaves", fencing.stops, 200, 2),
     Row("store", "the store fails", "nothing partial visible, no false done, no orphan", stores.folder, 5000, 60),
     Row("bucket", "the same, a bucket behind a failing network", "the same", stores.bucket, 1000, 30),
+    Row("disk", "a disk that is really full", "the undisturbed run's adapter, no event lost", disks.faults, 60, 4),
     Row("archives", "malformed archives", "nothing outside the root", archives.archives, 10_000, 500),
     Row("api", "calls made up from the schema", "no 5xx, no cross-org read", fuzzing.calls, 50_000, 500),
     Row("soak", "run after run", "flat memory and handles", soaking.soak, 1000, 60),

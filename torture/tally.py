@@ -6,6 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 
+class Unsupported(Exception):
+    """This machine can't be made to have such a fault."""
+
+
 @dataclass
 class Tally:
     """Faults injected and what became of them. `losses` says in words what broke a promise, if anything did."""

@@ -80,8 +80,8 @@ def main() -> None:
         store.delay_s = job["store_s"]
         plane = Plane()
         uploader = Uploader(
-            store, plane, "flash-1-00000000", 1, WorkerSettings(), log=lambda text: None, on_progress=lambda: None,
-            on_fenced=lambda error: None,
+            store, plane, "flash-1-00000000", 1, WorkerSettings(), log=lambda text: None, warn=lambda text: None,
+            on_progress=lambda: None, on_fenced=lambda error: None,
         )  # fmt: skip
         uploader.start()
         environment = LocalEnvironment(Path(job["environment"]), {}, Path(folder))

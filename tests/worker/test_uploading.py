@@ -41,10 +41,10 @@ class Bench:
         self.folder = tmp_path / "checkpoints"
         self.store = Store(f"file://{tmp_path}/store")
         self.plane = Plane(self.store)
-        self.log, self.fenced = [], []
+        self.log, self.warnings, self.fenced = [], [], []
         self.uploader = Uploader(
             self.store, self.plane, RUN, 1, FAST,
-            log=self.log.append, on_progress=lambda: None, on_fenced=self.fenced.append,
+            log=self.log.append, warn=self.warnings.append, on_progress=lambda: None, on_fenced=self.fenced.append,
         )  # fmt: skip
         self.uploader.start()
 
@@ -108,7 +108,7 @@ def test_a_failing_upload_is_repeated_and_told_once(bench):
     bench.save(1, final=True)
     assert bench.uploader.flush(5)
     assert bench.plane.reports == [(1, True)]
-    assert len(bench.log) == 1 and "tried again" in bench.log[0]
+    assert bench.log == [] and len(bench.warnings) == 1 and "tried again: down" in bench.warnings[0]
 
 
 def test_a_failing_upload_gives_way_to_a_newer_save(bench):

@@ -60,7 +60,7 @@ from flash.worker.lease import Lease, Pulse
 from flash.worker.packages import prepare
 from flash.worker.reporting import AttemptSink, EventSpool, LogIntake, Sender, Warn
 from flash.worker.settings import WorkerSettings
-from flash.worker.trainer import OUT_OF_MEMORY_STATUS
+from flash.worker.trainer import OUT_OF_MEMORY_STATUS, is_full_disk
 from flash.worker.trainer_process import (
     TRAINER,
     TrainerProcess,
@@ -297,6 +297,7 @@ class Supervisor:
             claim.epoch,
             settings,
             log=lambda text: self._log("supervisor", text),
+            warn=lambda text: self._warn("upload", text),
             on_progress=self._pulse.advance,
             on_fenced=self._fenced,
         )
@@ -706,6 +707,8 @@ def _feed_line(intake: LogIntake, line: str) -> None:
 
 
 def _defect(what: str, error: Exception) -> FlashError:
+    if is_full_disk(error):
+        return Unavailable(f"{what}: {error}", remedy="free space where FLASH_HOME is")
     return InternalError(f"{what}: {type(error).__name__}: {error}", detail=traceback.format_exc())
 
 

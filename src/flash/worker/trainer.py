@@ -33,6 +33,7 @@ from flash.records import EvalReport, Phase
 from flash.worker.channel import Channel, ChannelClosed, Frame
 from flash.worker.environment_host import RemoteEnvironment
 
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 OUT_OF_MEMORY_STATUS = 12  # ENOMEM: the exit status when memory ran out, should the outcome frame not get through
 
 
@@ -99,11 +100,18 @@ def named(error: Exception) -> FlashError:
     if isinstance(error, FlashError):
         return error
     detail = "".join(traceback.format_exception(error))
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if is_full_disk(error):
         return Unavailable(f"the disk is full: {_first_line(error)}", remedy="free space", detail=detail)
     if _is_out_of_memory(error):
         return OutOfMemory(f"the device ran out of memory: {_first_line(error)}", detail=detail)
     return InternalError(f"training failed: {type(error).__name__}: {_first_line(error)}", detail=detail)
+
+
+def is_full_disk(error: Exception) -> bool:
+    """Whether a write failed for want of space, as Python or a library in Rust (safetensors) says it."""
+    if isinstance(error, OSError):
+        return error.errno in _NO_SPACE
+    return any(f"(os error {number})" in str(error) for number in _NO_SPACE)
 
 
 def _train(job: Mapping[str, Any], channel: Channel, stop: threading.Event) -> str:

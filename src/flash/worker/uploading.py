@@ -43,8 +43,9 @@ class CheckpointReceiver(Protocol):
 class Uploader(threading.Thread):
     """Uploads what `submit` hands over. Local folders go once they are uploaded or passed over, the newest stays.
 
-    `log(text)` tells the run's log what happened; `on_progress` is called whenever a checkpoint has moved;
-    `on_fenced` once, when the plane says that the attempt no longer counts, which ends the thread.
+    `log(text)` tells the run's log what happened, `warn(text)` its status too, once when uploads begin to fail;
+    `on_progress` is called whenever a checkpoint has moved; `on_fenced` once, when the plane says that the attempt
+    no longer counts, which ends the thread.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Uploader(threading.Thread):
         settings: WorkerSettings,
         *,
         log: Callable[[str], None],
+        warn: Callable[[str], None],
         on_progress: Callable[[], None],
         on_fenced: Callable[[FlashError], None],
     ) -> None:
@@ -66,6 +68,7 @@ class Uploader(threading.Thread):
         self._epoch = epoch
         self._settings = settings
         self._log = log
+        self._warn = warn
         self._on_progress = on_progress
         self._on_fenced = on_fenced
         self._changed = threading.Condition()
@@ -150,7 +153,7 @@ class Uploader(threading.Thread):
                 raise
             except FlashError as error:
                 if self.error is None:
-                    self._log(f"uploading step {checkpoint.step} failed and is tried again: {error}")
+                    self._warn(f"uploading step {checkpoint.step} failed and is tried again: {error}")
                 self.error = error
                 rejections += not isinstance(error, Unavailable)
             except OSError as error:
