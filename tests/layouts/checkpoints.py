@@ -93,7 +93,7 @@ def _llama(vocab: int, ends: list[int]) -> Any:
     config = LlamaConfig(
         vocab_size=vocab, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, max_position_embeddings=2048, tie_word_embeddings=False,
-        rope_parameters=_ROPE, initializer_range=0.2, eos_token_id=ends, bos_token_id=None,
+        rope_parameters=_ROPE, initializer_range=0.1, eos_token_id=ends, bos_token_id=None,
     )  # fmt: skip
     return LlamaForCausalLM(config)
 
@@ -105,7 +105,7 @@ def _wrapped(layout: Layout, vocab: int, ends: list[int]) -> Any:
         "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 4096, "tie_word_embeddings": not sparse,
         "layer_types": ["linear_attention", "full_attention", "linear_attention"],
         "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-        "initializer_range": 0.2, "eos_token_id": ends[-1],
+        "initializer_range": 0.1, "eos_token_id": ends[-1],
         "rope_parameters": {
             **_ROPE, "partial_rotary_factor": 0.25, "mrope_section": [1, 1, 0], "mrope_interleaved": True,
         },
