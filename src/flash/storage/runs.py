@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import Connection, exists, func, insert, or_, select, update
+from sqlalchemy import Connection, exists, func, insert, or_, select, tuple_, update
 
 from flash.errors import Conflict, NotFound
 from flash.records import (
@@ -31,6 +31,7 @@ from flash.storage import schema, vault
 from flash.storage.events import NewEvent, append
 
 LIVE_ATTEMPTS = (AttemptState.LAUNCHING.value, AttemptState.RUNNING.value, AttemptState.ENDING.value)
+_OPEN = tuple(state.value for state in RunState if not state.terminal)
 _MOST_WARNINGS = 100
 _LARGEST = 2**53
 # Kinds that only the control plane writes: it saw them happen itself.
@@ -72,6 +73,11 @@ class RunRow:
     fruitless: int
     micro_batch_divisor: int
     cleaned_at: float | None
+    key_id: str | None
+    gpus: int
+    pinned: bool
+    ttl_s: float | None
+    collected_at: float | None
 
 
 @dataclass(frozen=True)
@@ -126,6 +132,8 @@ class NewRun:
     total_steps: int | None = None
     micro_batch_divisor: int = 1
     reason: str = "submitted"
+    key_id: str | None = None
+    gpus: int = 0
 
 
 def new_run_id(now: float) -> str:
@@ -176,6 +184,8 @@ def insert_run(connection: Connection, new: NewRun, *, now: float, run_id: str |
             active_s=0.0,
             fruitless=0,
             micro_batch_divisor=new.micro_batch_divisor,
+            key_id=new.key_id,
+            gpus=new.gpus,
         )
     )
     first = {"from": None, "to": RunState.QUEUED.value, "reason": new.reason}
@@ -201,12 +211,7 @@ def list_runs(connection: Connection, *, org: str, limit: int, before: str | Non
     query = select(table).where(table.c.org_id == org)
     if before is not None:
         mark = get_run(connection, before, org=org)
-        query = query.where(
-            or_(
-                table.c.created_at < mark.created_at,
-                (table.c.created_at == mark.created_at) & (table.c.id < mark.id),
-            )
-        )
+        query = query.where(tuple_(table.c.created_at, table.c.id) < tuple_(mark.created_at, mark.id))
     rows = connection.execute(query.order_by(table.c.created_at.desc(), table.c.id.desc()).limit(limit))
     return [_run(row) for row in rows]
 
@@ -214,14 +219,29 @@ def list_runs(connection: Connection, *, org: str, limit: int, before: str | Non
 def open_runs(connection: Connection) -> list[RunRow]:
     """Runs to reconcile, oldest first: unfinished, or finished with a worker not yet dead."""
     table, attempts = schema.runs, schema.attempts
-    ended = [state.value for state in RunState if state.terminal]
-    has_worker = exists().where(attempts.c.run_id == table.c.id, attempts.c.state.in_(LIVE_ATTEMPTS))
+    # Two small looks at two indexes; an OR of them would read the whole table.
+    unfinished = select(table.c.id).where(table.c.state.in_(_OPEN))
+    with_worker = select(attempts.c.run_id).where(attempts.c.state.in_(LIVE_ATTEMPTS))
     rows = connection.execute(
-        select(table)
-        .where(or_(table.c.state.not_in(ended), has_worker))
-        .order_by(table.c.created_at, table.c.id)
+        select(table).where(table.c.id.in_(unfinished.union(with_worker))).order_by(table.c.created_at, table.c.id)
     )
     return [_run(row) for row in rows]
+
+
+def any_open(connection: Connection) -> bool:
+    """Whether `open_runs` would find one."""
+    table, attempts = schema.runs, schema.attempts
+    unfinished = exists().where(table.c.state.in_(_OPEN))
+    with_worker = exists().where(attempts.c.state.in_(LIVE_ATTEMPTS))
+    return bool(connection.execute(select(or_(unfinished, with_worker))).scalar())
+
+
+def count_ahead(connection: Connection, run: RunRow) -> int:
+    """Runs of anyone that are queued in front of this one."""
+    table = schema.runs
+    earlier = tuple_(table.c.created_at, table.c.id) < tuple_(run.created_at, run.id)
+    query = select(func.count()).where(table.c.state == RunState.QUEUED.value, earlier)
+    return int(connection.execute(query).scalar_one())
 
 
 def count_by_state(connection: Connection, *, org: str) -> dict[str, int]:

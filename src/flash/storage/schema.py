@@ -24,6 +24,8 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    false,
+    text,
 )
 from sqlalchemy.types import TypeDecorator
 
@@ -61,6 +63,7 @@ orgs = Table(
     metadata,
     Column("id", String(64), primary_key=True),
     Column("created_at", Double, nullable=False),
+    Column("revoked_at", Double),
 )
 
 api_keys = Table(
@@ -72,6 +75,27 @@ api_keys = Table(
     Column("role", String(32), nullable=False),
     Column("created_at", Double, nullable=False),
     Column("revoked_at", Double),
+    # what it may use; none: as much as there is
+    Column("max_usd", Double),  # of all its runs together, by their estimates and what they took
+    Column("max_runs", Integer),  # unfinished at once
+    Column("max_gpus", Integer),  # of its unfinished runs together
+    Index("api_keys_by_org", "org_id"),
+)
+
+audit = Table(
+    "audit",
+    metadata,
+    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
+    Column("time", Double, nullable=False),
+    Column("org_id", String(64)),  # none: nobody that we know, or the server itself
+    Column("actor", String(64), nullable=False),  # a key's id, "server", or "anonymous"
+    Column("name", String(200)),  # of the key
+    Column("address", String(100)),  # where the request came from
+    Column("action", String(100), nullable=False),
+    Column("object", Text),
+    Column("status", Integer, nullable=False),  # HTTP's, also where no HTTP was
+    Column("message", Text),  # why it was refused
+    Index("audit_by_org", "org_id", "id"),
 )
 
 environment_versions = Table(
@@ -87,6 +111,8 @@ environment_versions = Table(
     Column("push", BigInteger, nullable=False),  # rises with each push of the name; the highest is current
     Column("deleted_at", Double),
 )
+
+_UNCLEANED = text("cleaned_at IS NULL")
 
 runs = Table(
     "runs",
@@ -124,8 +150,19 @@ runs = Table(
     Column("fruitless", Integer, nullable=False),  # attempts in a row that brought no new checkpoint
     Column("micro_batch_divisor", Integer, nullable=False),
     Column("cleaned_at", Double),  # when leftovers of the ended run were removed
-    Index("runs_by_org", "org_id", "created_at"),
-    Index("runs_by_state", "state"),
+    # whose it is, what it takes, how long it is kept
+    Column("key_id", String(32)),  # the key that submitted it
+    Column("gpus", Integer, nullable=False, server_default="0"),
+    Column("pinned", Boolean, nullable=False, server_default=false()),
+    Column("ttl_s", Double),  # of its files after its end; none: the server's
+    Column("collected_at", Double),  # when its time was over and its checkpoints went
+    Index("runs_by_org", "org_id", "created_at", "id"),
+    Index("runs_by_state", "state", "created_at", "id"),
+    Index("runs_by_key", "key_id"),
+    Index("runs_by_source", "init_run_id"),
+    Index("runs_by_environment", "environment_sha256"),
+    Index("runs_by_end", "finished_at"),
+    Index("runs_uncleaned", "finished_at", sqlite_where=_UNCLEANED, postgresql_where=_UNCLEANED),
 )
 
 attempts = Table(
