@@ -17,11 +17,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from proofs import proves
 
+from flash.errors import ModelError
 from flash.inference.engine import Request, Sampling
-from flash.inference.loading import load_base
+from flash.inference.loading import BaseModel, load_base
 from flash.inference.torch_engine import TorchEngine
 from flash.training.batches import collate
-from flash.training.policy import Policy, build_policy
+from flash.training.forward import model_forward
+from flash.training.policy import Policy, build_policy, rows_stay_apart
 
 rows_of_tokens = st.lists(
     st.lists(st.integers(3, 250), min_size=2, max_size=90), min_size=2, max_size=5
@@ -142,3 +144,44 @@ def test_the_sampler_is_the_trainer(policy: Policy, prompt: list[int]) -> None:
             bare = policy.logprobs(batch, reference=True).tolist()
         assert completion.logprobs == pytest.approx(trained, abs=2e-5)
         assert completion.logprobs != pytest.approx(bare, abs=1e-3)
+
+
+# --- the check at load ----------------------------------------------------------------------------------------
+
+
+class Mixing(torch.nn.Module):
+    """A layer's norm that also lets in the mean of everything along one dimension."""
+
+    def __init__(self, norm: torch.nn.Module, dim: int) -> None:
+        super().__init__()
+        self.norm, self.dim = norm, dim
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x) + 0.1 * x.mean(dim=self.dim, keepdim=True)
+
+
+def mixed(checkpoints: dict[str, Path], name: str, dim: int) -> BaseModel:
+    base = load_base(checkpoints[name], name=name, device="cpu")
+    layer = base.model.model.layers[1]
+    layer.input_layernorm = Mixing(layer.input_layernorm, dim)
+    return base
+
+
+@pytest.mark.parametrize("name", ["Qwen3.5", "Qwen3.6 MoE"])
+def test_a_layout_whose_rows_mix_is_trained_row_by_row(
+    name: str, checkpoints: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    base = mixed(checkpoints, name, dim=0)
+    assert not rows_stay_apart(base, model_forward(base))
+    policy = build_policy(base, rank=4, alpha=8, seed=0)
+    assert "rows of one batch affect each other" in caplog.text
+    rows = [list(range(3, 40)), list(range(50, 60))]
+    assert_close(
+        logprobs_and_gradients(policy, [rows]), logprobs_and_gradients(policy, [[row] for row in rows])
+    )  # fmt: skip
+
+
+def test_a_model_that_sees_the_tokens_to_come_is_refused(checkpoints: dict[str, Path]) -> None:
+    base = mixed(checkpoints, "Qwen3.5", dim=1)
+    with pytest.raises(ModelError, match="depends on the tokens after it"):
+        build_policy(base, rank=4, alpha=8, seed=0)

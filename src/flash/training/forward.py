@@ -43,6 +43,16 @@ def model_forward(base: BaseModel) -> Forward:
     return forward
 
 
+def lone_rows_forward(base: BaseModel) -> Forward:
+    """The model's own forward on one row at a time: slow, and right where rows of a batch would mix."""
+
+    def forward(tokens_B_T: Tensor, positions_N: Tensor, sharing: Sharing | None = None) -> Tensor:
+        rows = [base.backbone(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in tokens_B_T]
+        return torch.cat(rows)[positions_N]
+
+    return forward
+
+
 def lean_forward(base: BaseModel) -> Forward | None:
     """The lean forward, if the layout is known and its numbers agree with the model's own here."""
     config = base.model.config
