@@ -371,15 +371,8 @@ class ContinuousEngine:
         if stop not in self._stop_matchers:
             if len(self._stop_matchers) >= self._max_waiting:
                 self._stop_matchers.clear()
-            self._stop_matchers[stop] = StopMatcher(stop, self._text)
+            self._stop_matchers[stop] = StopMatcher(stop, self._base.text)
         return self._stop_matchers[stop]
-
-    def _text(self, tokens: Sequence[int]) -> str:
-        return str(
-            self._base.tokenizer.decode(
-                list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False
-            )
-        )
 
 
 def _explained(error: Exception) -> FlashError:

@@ -122,7 +122,7 @@ class RowDecoder:
         self._starts_B = torch.zeros(0, dtype=torch.long)
         self._column = 0  # the first free one
         self._hidden_BK_1_T: Tensor | None = None  # -inf where a row has not begun yet, 0 elsewhere
-        self._angles: tuple[Tensor, Tensor] | None = None  # cos, sin by position
+        self._rotations = Rotations(self._body, self._head_dim)
 
     @property
     def rows(self) -> int:
@@ -157,7 +157,7 @@ class RowDecoder:
         """Runs prompts padded on the right (causal attention keeps the padding out), files their keys and
         values into their rows, and returns the logits [P, V] at their ends."""
         P, T = tokens_P_T.shape
-        cos, sin = self._rotations(torch.arange(T, device=tokens_P_T.device), T)
+        cos, sin = self._rotations.at(torch.arange(T, device=tokens_P_T.device), T)
         rows_N = torch.cat(rows_of)
         source_N = torch.repeat_interleave(torch.tensor([len(rows) for rows in rows_of])).to(rows_N.device)
         # the prompts' tokens, moved to the right end of a window of T columns
@@ -182,7 +182,7 @@ class RowDecoder:
     def step(self, tokens_B: Tensor) -> Tensor:
         B, K, column = self.rows, self._kv_heads, self._column
         self._reserve(B, column + 1)
-        cos, sin = self._rotations(column - self._starts_B, column + 1)
+        cos, sin = self._rotations.at(column - self._starts_B, column + 1)
         hidden_BK_1_T = self._hidden_columns(column + 1)
         scale = self._head_dim**-0.5
         x = self._body.embed_tokens(tokens_B)
@@ -240,22 +240,8 @@ class RowDecoder:
         """Queries, keys and values [..., heads, head dim], normed where the layout says so, and rotated."""
         qkv = layer.qkv(x).view(*x.shape[:-1], -1, self._head_dim)
         qk, v = qkv.split([self._heads + self._kv_heads, self._kv_heads], dim=-2)
-        qk = layer.qk_norm(qk, self._heads)
-        half = self._head_dim // 2
-        turned = torch.cat((qk[..., half:], qk[..., :half]), dim=-1)
-        qk = (qk * cos).addcmul_(turned, sin)
+        qk = rotated(layer.qk_norm(qk, self._heads), cos, sin)
         return qk[..., : self._heads, :], qk[..., self._heads :, :], v
-
-    def _rotations(self, positions: Tensor, longest: int) -> tuple[Tensor, Tensor]:
-        """cos and signed sin [positions, 1, head dim] from a table that grows with the longest row."""
-        if self._angles is None or self._angles[0].shape[0] < longest:
-            size = longest + 4 * _GROWTH
-            x = self._body.embed_tokens.weight[:1, :1]
-            cos, sin = self._body.rotary_emb(x, torch.arange(size, device=x.device)[None])
-            half = self._head_dim // 2
-            sin = torch.cat((-sin[0, :, :half], sin[0, :, half:]), dim=-1)  # the half turn's sign, once for all
-            self._angles = (cos[0, :, None, :].contiguous(), sin[:, None, :])
-        return self._angles[0][positions], self._angles[1][positions]
 
     def _reserve(self, rows: int, columns: int) -> None:
         """Makes room for that many rows and columns, moving what is there."""
@@ -274,6 +260,33 @@ class RowDecoder:
                 new[: have[0], :, : have[2]] = before
             setattr(self, name, fresh)
         self._hidden_BK_1_T = None
+
+
+class Rotations:
+    """Rotary position embeddings from a table that grows with the longest row."""
+
+    def __init__(self, body: Any, head_dim: int) -> None:
+        self._body = body
+        self._half = head_dim // 2
+        self._angles: tuple[Tensor, Tensor] | None = None  # cos, sin by position
+
+    def at(self, positions: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+        """cos and signed sin [positions, 1, head dim]; all positions are below `longest`."""
+        if self._angles is None or self._angles[0].shape[0] < longest:
+            size = longest + 4 * _GROWTH
+            x = self._body.embed_tokens.weight[:1, :1]
+            cos, sin = self._body.rotary_emb(x, torch.arange(size, device=x.device)[None])
+            # the half turn's sign, once for all
+            sin = torch.cat((-sin[0, :, : self._half], sin[0, :, self._half :]), dim=-1)
+            self._angles = (cos[0, :, None, :].contiguous(), sin[:, None, :])
+        return self._angles[0][positions], self._angles[1][positions]
+
+
+def rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Queries and keys [..., heads, head dim], turned by what `Rotations.at` gave."""
+    half = heads.shape[-1] // 2
+    turned = torch.cat((heads[..., half:], heads[..., :half]), dim=-1)
+    return (heads * cos).addcmul_(turned, sin)
 
 
 class _Layer(Protocol):
@@ -323,17 +336,11 @@ class _ModuleLayer:
         return torch.cat((attention.q_norm(qk[..., :heads, :]), attention.k_norm(qk[..., heads:, :])), dim=-2)
 
 
-class _CopiedLayer:
-    """Small fp32 models: projections that share an input as one product, over copies of their weights with the
-    adapter's update added. The base is never written to, and in fp32 adding costs no precision."""
+class Norms:
+    """A layer's norms, each as one operation."""
 
     def __init__(self, layer: Any) -> None:
-        attention, mlp = layer.self_attn, layer.mlp
-        self._qkv = _stacked(attention.q_proj, attention.k_proj, attention.v_proj)
-        self._out = _stacked(attention.o_proj)
-        self._gate_up = _stacked(mlp.gate_proj, mlp.up_proj)
-        self._down = _stacked(mlp.down_proj)
-        self._activation = mlp.act_fn
+        attention = layer.self_attn
         self._norms = layer.input_layernorm, layer.post_attention_layernorm
         self._qk_weight: Tensor | None = None
         if hasattr(attention, "q_norm"):
@@ -343,18 +350,32 @@ class _CopiedLayer:
             self._qk_epsilon = attention.q_norm.variance_epsilon
 
     def attention_norm(self, x: Tensor) -> Tensor:
-        return _rms_norm(x, self._norms[0])
+        return rms_norm(x, self._norms[0])
 
     def mlp_norm(self, x: Tensor) -> Tensor:
-        return _rms_norm(x, self._norms[1])
-
-    def qkv(self, x: Tensor) -> Tensor:
-        return F.linear(x, *self._qkv)
+        return rms_norm(x, self._norms[1])
 
     def qk_norm(self, qk: Tensor, heads: int) -> Tensor:
         if self._qk_weight is None:
             return qk
         return F.rms_norm(qk, qk.shape[-1:], None, self._qk_epsilon) * self._qk_weight
+
+
+class _CopiedLayer(Norms):
+    """Small fp32 models: projections that share an input as one product, over copies of their weights with the
+    adapter's update added. The base is never written to, and in fp32 adding costs no precision."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__(layer)
+        attention, mlp = layer.self_attn, layer.mlp
+        self._qkv = _stacked(attention.q_proj, attention.k_proj, attention.v_proj)
+        self._out = _stacked(attention.o_proj)
+        self._gate_up = _stacked(mlp.gate_proj, mlp.up_proj)
+        self._down = _stacked(mlp.down_proj)
+        self._activation = mlp.act_fn
+
+    def qkv(self, x: Tensor) -> Tensor:
+        return F.linear(x, *self._qkv)
 
     def out(self, x: Tensor) -> Tensor:
         return F.linear(x, *self._out)
@@ -364,7 +385,7 @@ class _CopiedLayer:
         return F.linear(self._activation(gate) * up, *self._down)
 
 
-def _rms_norm(x: Tensor, norm: Any) -> Tensor:
+def rms_norm(x: Tensor, norm: Any) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,10 @@ class BaseModel:
     def head(self) -> Tensor:
         """The output embedding (V, H)."""
         return self.model.get_output_embeddings().weight
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """What the tokens say, special ones and odd spaces included."""
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def best_device() -> str:

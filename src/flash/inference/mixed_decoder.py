@@ -17,7 +17,7 @@ import torch.nn.functional as F  # noqa: N812  (the field's usual name)
 from torch import Tensor, nn
 
 from flash.inference.adapter_bank import AdapterBank, Home, Mix, Runs, Site
-from flash.inference.decoding import agrees, row_layout
+from flash.inference.decoding import Norms, Rotations, agrees, rms_norm, rotated, row_layout
 
 _GROWTH = 128  # columns by which a full cache grows at least
 _MOST_COPIED = 20_000_000  # parameters of a model whose projections are copied side by side, at start
@@ -83,7 +83,7 @@ class MixedDecoder:
         self._layers = [_BaseLayer(layer, copied) for layer in self._body.layers]
         sites = [site for i, layer in enumerate(self._body.layers) for site in _sites(i, layer)]
         self.bank = AdapterBank(sites, device=self._device, dtype=self._dtype, most=max_adapters)
-        self._angles: tuple[Tensor, Tensor] | None = None  # cos, sin by position
+        self._rotations = Rotations(self._body, self._head_dim)
         self.clear()
 
     def clear(self) -> None:
@@ -129,7 +129,7 @@ class MixedDecoder:
         positions_N = torch.cat(
             [torch.arange(start, start + size) for start, size in zip(starts, sizes, strict=True)]
         ).to(self._device)
-        cos, sin = self._rotations(positions_N, max(map(sum, zip(starts, sizes, strict=True))))
+        cos, sin = self._rotations.at(positions_N, max(map(sum, zip(starts, sizes, strict=True))))
         runs = Runs(self.bank, [(size, chunk.home) for size, chunk in zip(sizes, chunks, strict=True)])
         hidden = [_causal(start, size, self._device) for start, size in zip(starts, sizes, strict=True)]
 
@@ -171,7 +171,7 @@ class MixedDecoder:
         if self._mix is None:
             self._mix = Mix(self.bank, self._homes)
         capacity = self._kv.shape[4]
-        cos, sin = self._rotations(self._lengths_B, max(self._lengths) + 1)
+        cos, sin = self._rotations.at(self._lengths_B, max(self._lengths) + 1)
         heads_B_K = torch.arange(B * K, device=self._device).view(B, K)
         place_BK = (heads_B_K * capacity + self._lengths_B[:, None]).view(-1)
         common, long = _split([length + 1 for length in self._lengths])
@@ -223,7 +223,7 @@ class MixedDecoder:
         x = self._body.embed_tokens(tokens_N)
         for i, layer in enumerate(self._layers):
             site = len(_SITES) * i
-            normed = _rms_norm(x, layer.attention_norm)
+            normed = layer.attention_norm(x)
             qkv = layer.project(_QKV, normed)
             adapters.add(qkv, normed, site + _QKV)
             q, k, v = self._heads_of(layer, qkv, cos, sin)
@@ -231,7 +231,7 @@ class MixedDecoder:
             out = layer.project(_OUT, attended)
             adapters.add(out, attended, site + _OUT)
             x = x + out
-            normed = _rms_norm(x, layer.mlp_norm)
+            normed = layer.mlp_norm(x)
             gate_up = layer.project(_GATE_UP, normed)
             adapters.add(gate_up, normed, site + _GATE_UP)
             gate, up = gate_up.chunk(2, dim=-1)
@@ -242,7 +242,7 @@ class MixedDecoder:
         return x
 
     def _logits(self, x_N_H: Tensor) -> Tensor:
-        logits: Tensor = self._model.lm_head(_rms_norm(x_N_H, self._body.norm))
+        logits: Tensor = self._model.lm_head(rms_norm(x_N_H, self._body.norm))
         return logits
 
     def _attend_rows(self, q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
@@ -265,22 +265,8 @@ class MixedDecoder:
         """Queries, keys and values [N, heads, head dim], normed where the layout says so, and rotated."""
         qkv = qkv.view(len(qkv), -1, self._head_dim)
         qk, v = qkv.split([self._heads + self._kv_heads, self._kv_heads], dim=1)
-        if layer.qk_weight is not None:
-            qk = F.rms_norm(qk, qk.shape[-1:], None, layer.qk_epsilon) * layer.qk_weight
-        half = self._head_dim // 2
-        turned = torch.cat((qk[..., half:], qk[..., :half]), dim=-1)
-        qk = (qk * cos).addcmul_(turned, sin)
+        qk = rotated(layer.qk_norm(qk, self._heads), cos, sin)
         return qk[:, : self._heads], qk[:, self._heads :], v
-
-    def _rotations(self, positions: Tensor, longest: int) -> tuple[Tensor, Tensor]:
-        """cos and signed sin [positions, 1, head dim] from a table that grows with the longest row."""
-        if self._angles is None or self._angles[0].shape[0] < longest:
-            x = self._body.embed_tokens.weight[:1, :1]
-            cos, sin = self._body.rotary_emb(x, torch.arange(2 * longest + _GROWTH, device=x.device)[None])
-            half = self._head_dim // 2
-            sin = torch.cat((-sin[0, :, :half], sin[0, :, half:]), dim=-1)  # the half turn's sign, once for all
-            self._angles = (cos[0, :, None, :].contiguous(), sin[:, None, :])
-        return self._angles[0][positions], self._angles[1][positions]
 
     def _reserve(self, rows: int, columns: int) -> None:
         """Makes room for that many rows and columns, moving what is there."""
@@ -307,19 +293,12 @@ def _sites(number: int, layer: Any) -> list[Site]:
     return sites
 
 
-class _BaseLayer:
+class _BaseLayer(Norms):
     """One layer's own weights. In small models projections that share an input are one product over a copy."""
 
     def __init__(self, layer: Any, copied: bool) -> None:
-        attention = layer.self_attn
-        self.attention_norm, self.mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
+        super().__init__(layer)
         self.activation = layer.mlp.act_fn
-        self.qk_weight: Tensor | None = None
-        if hasattr(attention, "q_norm"):
-            queries = attention.q_proj.out_features // attention.head_dim
-            keys = attention.k_proj.out_features // attention.head_dim
-            self.qk_weight = torch.stack([attention.q_norm.weight] * queries + [attention.k_norm.weight] * keys)
-            self.qk_epsilon: float = attention.q_norm.variance_epsilon
         self._projections: list[list[tuple[Tensor, Tensor | None]]] = []
         for names in _SITES:
             linears = [layer.get_submodule(name) for name in names]
@@ -333,10 +312,6 @@ class _BaseLayer:
         """The site's layers' outputs side by side, without any adapter."""
         outputs = [F.linear(x, weight, bias) for weight, bias in self._projections[site]]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
-
-
-def _rms_norm(x: Tensor, norm: Any) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
 
 
 def _causal(start: int, size: int, device: torch.device) -> Tensor | None:

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +22,7 @@ from flash.inference.decoding import Decoder, build_decoder
 from flash.inference.engine import Completion, Finished, Request, TokenDelta, Watch
 from flash.inference.lanes import balanced
 from flash.inference.loading import BaseModel
-from flash.inference.sampling import Knobs, StopMatcher, choose, stream_key, uniforms
+from flash.inference.sampling import Draws, StopMatcher, stream_key
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -207,13 +206,13 @@ class _Batch:
         """`waiting` holds (index into `requests`, sample)."""
         self._requests = requests
         self._stop_ids = stop_ids
-        self._tokenizer = base.tokenizer
+        self._base = base
         self._device = base.device
         self._matchers: dict[tuple[str, ...], StopMatcher] = {}
         self.waiting = waiting
         self.rows: list[_Row] = []
         self.last_tokens = torch.zeros(0, dtype=torch.long)
-        self._knobs: Knobs | None = None  # None: the rows changed
+        self._draws: Draws | None = None  # None: the rows changed
 
     def waiting_rows(self) -> Iterator[_Row]:
         for request, sample in self.waiting:
@@ -239,20 +238,15 @@ class _Batch:
                 taken.append(request)
             self.rows.append(self._row(request, sample))
             self.waiting.pop(0)
-            self._knobs = None
+            self._draws = None
         return prompts, repeats
 
     def draw(self, logits_B_V: Tensor) -> list[_Row]:
         """Draws each row's next token, marks the rows that it ends, and returns those that got one."""
-        if self._knobs is None:
-            self._gather()
-        knobs = self._knobs
-        assert knobs is not None
-        u_B_1 = None
-        if knobs.drawn:
-            u_B_1 = torch.from_numpy(uniforms(self._keys, self._drawn)).to(self._device)[:, None]
-            self._drawn += np.uint64(1)
-        self.last_tokens, logprobs_B = choose(logits_B_V, knobs, u_B_1)
+        if self._draws is None:
+            rows = [(self._requests[row.request].sampling, row.key, len(row.tokens)) for row in self.rows]
+            self._draws = Draws(rows, self._device)
+        self.last_tokens, logprobs_B = self._draws.next(logits_B_V)
         moved: list[_Row] = []
         for row, token, logprob in zip(self.rows, self.last_tokens.tolist(), logprobs_B.tolist(), strict=True):
             if row.finish_reason is not None:
@@ -276,13 +270,7 @@ class _Batch:
         decoder.keep(rows_K)
         self.rows = [self.rows[i] for i in kept]
         self.last_tokens = self.last_tokens[rows_K]
-        self._knobs = None
-
-    def _gather(self) -> None:
-        """What sampling needs of the rows, until they change."""
-        self._knobs = Knobs.of([self._requests[row.request].sampling for row in self.rows], self._device)
-        self._keys = np.array([row.key for row in self.rows], dtype=np.uint64)
-        self._drawn = np.array([len(row.tokens) for row in self.rows], dtype=np.uint64)
+        self._draws = None
 
     def _row(self, request: int, sample: int) -> _Row:
         sampling = self._requests[request].sampling
@@ -290,11 +278,8 @@ class _Batch:
         if sampling.stop:
             matcher = self._matchers.get(sampling.stop)
             if matcher is None:
-                matcher = self._matchers[sampling.stop] = StopMatcher(sampling.stop, self._text)
+                matcher = self._matchers[sampling.stop] = StopMatcher(sampling.stop, self._base.text)
         return _Row(request, sample, stream_key(sampling.seed, sample), sampling.max_tokens, matcher)
 
     def _reach(self, request: int) -> int:
         return len(self._requests[request].prompt) + self._requests[request].sampling.max_tokens
-
-    def _text(self, tokens: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False))
