@@ -386,7 +386,7 @@ def test_bodies_over_the_limit_are_refused_declared_or_not(world):
 
 @pytest.mark.parametrize(
     "path",
-    ["/", "/api", "/api/runs/%00", "/api/runs/..%2f..", "/api/runs/ü", "/worker/attempts/x", "/api/environments/a/b/c"],
+    ["/nowhere", "/api", "/api/runs/%00", "/api/runs/..%2f..", "/api/runs/ü", "/worker/attempts/x", "/api/environments/a/b/c"],
 )
 def test_paths_that_lead_nowhere_are_not_found(world, path):
     answer = world.call("GET", path)

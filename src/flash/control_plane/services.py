@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from flash.artifacts.store import Store
 from flash.control_plane.followers import Followers
+from flash.control_plane.links import Links
 from flash.control_plane.settings import ServerSettings
 from flash.control_plane.stopwatches import Stopwatches
 from flash.control_plane.traffic import Traffic
@@ -28,6 +29,7 @@ class Services:
     stopwatches: Stopwatches
     traffic: Traffic
     followers: Followers = field(default_factory=Followers)
+    links: Links = field(default_factory=Links)  # into the dashboard
     wake: threading.Event = field(default_factory=threading.Event)  # asks the reconciler to look now
     stopping: threading.Event = field(default_factory=threading.Event)  # someone asked the server to stop
     fetches: threading.BoundedSemaphore = field(default_factory=lambda: threading.BoundedSemaphore(4))  # from GitHub

@@ -69,14 +69,14 @@ def find(
     if order == "disagreeing":
         query = query.where(_table.c.spread > 0)
     count = connection.execute(select(func.count()).select_from(query.subquery())).scalar() or 0
-    ordering: list[Any] = {
+    orderings: dict[Order, list[Any]] = {
         "newest": [_table.c.seq.desc()],
         "oldest": [_table.c.seq],
         "best": [_table.c.reward.desc(), _table.c.seq.desc()],
         "worst": [_table.c.reward, _table.c.seq.desc()],
         "disagreeing": [_table.c.spread.desc(), _table.c.seq.desc()],
-    }[order]
-    rows = connection.execute(query.order_by(*ordering).limit(limit).offset(offset))
+    }
+    rows = connection.execute(query.order_by(*orderings[order]).limit(limit).offset(offset))
     return [_row(row) for row in rows], int(count)
 
 

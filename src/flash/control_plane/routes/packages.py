@@ -79,7 +79,7 @@ class FileList(BaseModel):
 def files(environment: Id, me: Me, plane: Plane, version: Version = None) -> FileList:
     found = _find(plane, me, environment, version)
     with _unpacked(plane, found) as folder:
-        listed = [FileView(path=name, size=(folder / name).stat().st_size) for name in found.files]
+        listed = [FileView(path=name, size=(folder / name).stat().st_size) for name in sorted(found.files)]
         return FileList(version=found, files=listed, splits=list(packaged_splits(folder)))
 
 

@@ -1,0 +1,7 @@
+"""The control plane's own test world serves the dashboard's tests too."""
+
+from __future__ import annotations
+
+from tests.control_plane.conftest import Worker, World, archive, migrated, world
+
+__all__ = ["Worker", "World", "archive", "migrated", "world"]
