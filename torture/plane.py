@@ -33,14 +33,16 @@ class Plane:
         self.call("POST", "/api/environments/local/echo", content=archive({"environment.py": ENVIRONMENT}))
 
     def call(self, method: str, path: str, **request: Any) -> httpx.Response:
-        headers = {"Authorization": f"Bearer {self.token}"}
+        headers = {"Authorization": f"Bearer {self.token}", **request.pop("headers", {})}
         answer: Any = self.http.request(method, path, headers=headers, **request)
         return answer
 
-    def submit(self, **train: Any) -> str:
+    def submit(self, *, key: str | None = None, **train: Any) -> str:
         config = {"model": "flash/nano", "environment": {"id": "local/echo"}, "train": train}
-        answer = self.call("POST", "/api/runs", json={"config": config})
-        assert answer.status_code == 201, answer.text
+        headers = {"Idempotency-Key": key} if key else {}
+        answer = self.call("POST", "/api/runs", json={"config": config}, headers=headers)
+        if not answer.is_success:
+            raise from_wire(answer.json()["error"])
         return str(answer.json()["run_id"])
 
     def settle(self) -> None:
@@ -83,7 +85,7 @@ class Worker:
             for n in range(1, count + 1)
         ]
         self._post("events", {"epoch": self.epoch, "events": events})
-        self.sent += count
+        self.sent += count  # only once it is acknowledged
 
     def report(self, step: int, final: bool, sha256: str) -> None:
         self._post("checkpoints", {"epoch": self.epoch, "step": step, "final": final, "manifest_sha256": sha256})
