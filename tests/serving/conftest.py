@@ -1,4 +1,4 @@
-"""A scripted engine behind the real HTTP application; see `sites`."""
+"""A scripted engine behind the real HTTP application, and a real one in its own process; see `sites`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.serving.sites import Scripted, hello, running
+import torch
+from tests.serving.sites import Host, Plane, Scripted, hello, process, put_adapter, running
 from transformers import AutoTokenizer
 
 from flash.artifacts.store import Store
 from flash.catalog.catalog import load_catalog
+from flash.inference.loading import load_base
+from flash.inference.lora import save_adapter
 from flash.inference.scripted_engine import ScriptedEngine
 from flash.serving.adapters import AdapterFiles, AdapterShelf
 from flash.serving.answering import Served
@@ -70,3 +73,44 @@ def scripted(tmp_path, nano):
         site.http.close()
         site.engine.close()
         context.__exit__(None, None, None)
+
+
+@pytest.fixture
+def plane():
+    made = Plane()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def base():
+    told = hello(Path("/nowhere"))
+    return load_base(told.source, name=told.model, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def adapters(base, tmp_path_factory):
+    """Six adapters with weights of their own, in the store; folder by name beside them."""
+    folder = tmp_path_factory.mktemp("serving")
+    store = Store(hello(folder).store_url)
+    generator = torch.Generator().manual_seed(3)
+    stored = []
+    for number in range(6):
+        adapter = base.adapters.create(f"a{number}", rank=4 + number, alpha=16, seed=number)
+        for pair in adapter.pairs.values():
+            pair.B.data.copy_(0.2 * torch.randn(pair.B.shape, generator=generator))
+        place = folder / f"step-{number}"
+        save_adapter(adapter, place / "adapter", base_model="flash/nano")
+        stored.append(put_adapter(store, place, number))
+    return folder, stored
+
+
+@pytest.fixture(scope="module")
+def host(adapters):
+    folder, _ = adapters
+    plane = Plane()
+    told = hello(folder, plane_url=plane.url, max_adapters=2, max_loaded_adapters=3, max_rows=32, max_waiting=64)
+    with process(told) as started:
+        url = plane.wait_for(lambda beat: beat["state"] == "ready")["url"]
+        yield Host(url, plane, started)
+    plane.close()

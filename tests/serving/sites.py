@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,7 @@ from flash.inference.scripted_engine import ScriptedEngine
 from flash.serving.app import Room
 from flash.serving.hello import ADAPTER_HEADER, MANIFEST_HEADER, EngineHello, adapter_digest
 
+PATIENCE_S = 90.0
 TOKEN = "engine-token-of-many-characters"
 RUN_ID = "flash-1700000000-0000abcd"
 
@@ -148,3 +153,86 @@ def running(app_of: Callable[[], Any]) -> Iterator[str]:
     finally:
         servers[0].should_exit = True
         thread.join()
+
+
+# --- a host's process, and its plane ---
+
+class Plane:
+    """Answers heartbeats as it is told to, and keeps them."""
+
+    def __init__(self) -> None:
+        self.beats: list[dict[str, Any]] = []
+        self.desired = "serve"
+        self.status = 200
+        self.changed = threading.Condition()
+        plane = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                beat = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                known = self.headers["Authorization"] == f"Bearer {TOKEN}"
+                with plane.changed:
+                    plane.beats.append({**beat, "path": self.path})
+                    plane.changed.notify_all()
+                body = json.dumps({"desired": plane.desired}).encode()
+                self.send_response(plane.status if known else 401)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: Any) -> None: ...
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+
+    @property
+    def states(self) -> list[str]:
+        """The states as they followed each other."""
+        states = [beat["state"] for beat in self.beats]
+        return [state for place, state in enumerate(states) if place == 0 or states[place - 1] != state]
+
+    def wait_for(self, condition) -> dict[str, Any]:
+        """The first heartbeat that fits."""
+
+        def found() -> dict[str, Any] | None:
+            return next((beat for beat in self.beats if condition(beat)), None)
+
+        with self.changed:
+            assert self.changed.wait_for(found, PATIENCE_S), self.states
+            return found()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@contextmanager
+def process(told: EngineHello | None) -> Iterator[subprocess.Popen]:
+    """A host process; it is dead afterwards."""
+    started = subprocess.Popen(
+        [sys.executable, "-P", "-m", "flash.serving.host"],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    try:
+        started.stdin.write(b"{}\n" if told is None else told.model_dump_json().encode() + b"\n")
+        started.stdin.flush()
+        yield started
+    finally:
+        started.kill()
+        started.wait()
+
+
+def ended(host: subprocess.Popen) -> tuple[int, str]:
+    """Exit status and what it said on standard error."""
+    _, said = host.communicate(timeout=PATIENCE_S)
+    return host.returncode, said.decode()
+
+
+class Host(Site):
+    def __init__(self, url: str, plane: Plane, started: subprocess.Popen) -> None:
+        super().__init__(url)
+        self.plane, self.process = plane, started

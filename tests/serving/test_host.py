@@ -4,161 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from typing import Any
 
 import httpx
 import psutil
 import pytest
 import torch
-from tests.serving.sites import TOKEN, Site, hello, put_adapter
+from tests.serving.sites import PATIENCE_S, TOKEN, Site, ended, hello, process, put_adapter
 
 from flash.artifacts.store import Store
 from flash.inference.chat import ChatRenderer
 from flash.inference.engine import Request, Sampling
-from flash.inference.loading import load_base
-from flash.inference.lora import save_adapter
 from flash.inference.torch_engine import TorchEngine
-from flash.serving.hello import EngineHello
 from flash.serving.link import Link, Vitals
 
 CHAT = "/v1/chat/completions"
 ASK = {"model": "m", "messages": [{"role": "user", "content": "What is 12 + 30?"}], "temperature": 0, "max_tokens": 24}
-PATIENCE_S = 90.0
-
-
-class Plane:
-    """Answers heartbeats as it is told to, and keeps them."""
-
-    def __init__(self) -> None:
-        self.beats: list[dict[str, Any]] = []
-        self.desired = "serve"
-        self.status = 200
-        self.changed = threading.Condition()
-        plane = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                beat = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                known = self.headers["Authorization"] == f"Bearer {TOKEN}"
-                with plane.changed:
-                    plane.beats.append({**beat, "path": self.path})
-                    plane.changed.notify_all()
-                body = json.dumps({"desired": plane.desired}).encode()
-                self.send_response(plane.status if known else 401)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, *_: Any) -> None: ...
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-
-    @property
-    def states(self) -> list[str]:
-        """The states as they followed each other."""
-        states = [beat["state"] for beat in self.beats]
-        return [state for place, state in enumerate(states) if place == 0 or states[place - 1] != state]
-
-    def wait_for(self, condition) -> dict[str, Any]:
-        """The first heartbeat that fits."""
-
-        def found() -> dict[str, Any] | None:
-            return next((beat for beat in self.beats if condition(beat)), None)
-
-        with self.changed:
-            assert self.changed.wait_for(found, PATIENCE_S), self.states
-            return found()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-
-@pytest.fixture
-def plane():
-    made = Plane()
-    yield made
-    made.close()
-
-
-@contextmanager
-def process(told: EngineHello | None) -> Iterator[subprocess.Popen]:
-    """A host process; it is dead afterwards."""
-    started = subprocess.Popen(
-        [sys.executable, "-P", "-m", "flash.serving.host"],
-        stdin=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )
-    try:
-        started.stdin.write(b"{}\n" if told is None else told.model_dump_json().encode() + b"\n")
-        started.stdin.flush()
-        yield started
-    finally:
-        started.kill()
-        started.wait()
-
-
-def ended(host: subprocess.Popen) -> tuple[int, str]:
-    """Exit status and what it said on standard error."""
-    _, said = host.communicate(timeout=PATIENCE_S)
-    return host.returncode, said.decode()
 
 
 # --- a host that serves -----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def base():
-    told = hello(Path("/nowhere"))
-    return load_base(told.source, name=told.model, device="cpu")
-
-
-@pytest.fixture(scope="module")
-def adapters(base, tmp_path_factory):
-    """Six adapters with weights of their own, in the store; folder by name beside them."""
-    folder = tmp_path_factory.mktemp("serving")
-    store = Store(hello(folder).store_url)
-    generator = torch.Generator().manual_seed(3)
-    stored = []
-    for number in range(6):
-        adapter = base.adapters.create(f"a{number}", rank=4 + number, alpha=16, seed=number)
-        for pair in adapter.pairs.values():
-            pair.B.data.copy_(0.2 * torch.randn(pair.B.shape, generator=generator))
-        place = folder / f"step-{number}"
-        save_adapter(adapter, place / "adapter", base_model="flash/nano")
-        stored.append(put_adapter(store, place, number))
-    return folder, stored
-
-
-class Host(Site):
-    def __init__(self, url: str, plane: Plane, started: subprocess.Popen) -> None:
-        super().__init__(url)
-        self.plane, self.process = plane, started
-
-
-@pytest.fixture(scope="module")
-def host(adapters):
-    folder, _ = adapters
-    plane = Plane()
-    told = hello(folder, plane_url=plane.url, max_adapters=2, max_loaded_adapters=3, max_rows=32, max_waiting=64)
-    with process(told) as started:
-        url = plane.wait_for(lambda beat: beat["state"] == "ready")["url"]
-        yield Host(url, plane, started)
-    plane.close()
 
 
 def test_it_tells_how_it_comes_up(host):
@@ -385,10 +251,10 @@ def test_five_hundred_at_once_leave_no_trace(host, adapters):
             )
 
     sizes = []
-    for _ in range(4):
+    for _ in range(3):
         statuses = [answer.status_code for answer in asyncio.run(wave())]
         assert set(statuses) <= {200, 429}
-        assert statuses.count(200) >= 96
+        assert statuses.count(200) >= 64
         sizes.append(process_.memory_info().rss)
-    assert sizes[-1] - sizes[0] < 48 << 20
+    assert sizes[-1] - sizes[0] < 32 << 20, [size >> 20 for size in sizes]
     assert host.sums()["flash_engine_in_flight"] == 0

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from tests.serving.sites import made_up_adapter
 
 
-@pytest.mark.parametrize("examples", [40, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [40, pytest.param(300, marks=pytest.mark.slow)])
 def test_no_made_up_call_breaks_the_host(scripted, tmp_path, examples):
     site = scripted('{"a": "日本"}')
     adapter = made_up_adapter(site.store, tmp_path, 1)
