@@ -32,6 +32,7 @@ from flash.inference.model_files import check
 transformers_logging.disable_progress_bar()
 
 _LOCAL: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+_LOADING_FAILS = (OSError, ValueError, KeyError, ImportError, AssertionError, SafetensorError)
 _LAYER = re.compile(r"(model\.)?(language_model\.)?layers\.")
 
 
@@ -119,17 +120,11 @@ def load_base(
     label = name or str(source)
     place = torch.device(device or best_device())
     kind = dtype or (torch.float32 if place.type == "cpu" else torch.bfloat16)
-    found = locate(source, revision=revision, label=label, progress=progress)
-    if found.note is not None:
-        logging.getLogger(__name__).warning("%s", found.note)
-    check(found.folder, label)
+    about = describe(source, name=name, revision=revision, progress=progress)
     try:
-        config = AutoConfig.from_pretrained(found.folder, **_LOCAL)
-        tokenizer = AutoTokenizer.from_pretrained(found.folder, **_LOCAL)
-        _check_vocabulary(label, tokenizer, config)
         model, report = AutoModelForCausalLM.from_pretrained(
-            found.folder,
-            config=config,
+            about.folder,
+            config=about.config,
             dtype=kind,
             use_safetensors=True,
             attn_implementation="sdpa",
@@ -140,26 +135,73 @@ def load_base(
         model = model.to(place).eval()
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(f"{label} does not fit into the memory of {place}: {error}") from error
-    except (OSError, ValueError, KeyError, ImportError, AssertionError, SafetensorError) as error:
+    except _LOADING_FAILS as error:
         raise _explained(label, error) from error
     _check_report(label, report)
-    stop_ids = _stop_ids(tokenizer, config, getattr(model, "generation_config", None))
-    if not stop_ids:
-        raise ModelError(f"{label}: neither its tokenizer nor its configuration names an end-of-text token")
-    pad_id = tokenizer.pad_token_id
-    text_config = config.get_text_config()
     return BaseModel(
         name=label,
-        revision=found.commit or revision,
+        revision=about.revision,
         model=model,
-        tokenizer=tokenizer,
+        tokenizer=about.tokenizer,
         adapters=Adapters(model),
-        stop_ids=stop_ids,
-        pad_id=stop_ids[0] if pad_id is None else int(pad_id),
-        context_length=int(getattr(text_config, "max_position_embeddings", 2048)),
+        stop_ids=about.stop_ids,
+        pad_id=about.pad_id,
+        context_length=about.context_length,
         device=place,
         dtype=kind,
     )
+
+
+@dataclass(frozen=True)
+class Description:
+    """A model on this machine without its weights in memory; `folder` holds all of its files."""
+
+    folder: Path
+    revision: str | None
+    config: Any
+    tokenizer: Any
+    stop_ids: tuple[int, ...]  # all tokens that end a turn
+
+    @property
+    def pad_id(self) -> int:
+        padding = self.tokenizer.pad_token_id
+        return self.stop_ids[0] if padding is None else int(padding)
+
+    @property
+    def context_length(self) -> int:
+        return int(getattr(self.config.get_text_config(), "max_position_embeddings", 2048))
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids are below this."""
+        return int(self.config.get_text_config().vocab_size)
+
+
+def describe(
+    source: str | Path, *, name: str | None = None, revision: str | None = None, progress: Progress | None = None
+) -> Description:
+    """Fetches a model where it must, checks its files, and reads the small ones; `load_base` without the weights.
+
+    Raises as `load_base` does.
+    """
+    label = name or str(source)
+    found = locate(source, revision=revision, label=label, progress=progress)
+    if found.note is not None:
+        logging.getLogger(__name__).warning("%s", found.note)
+    check(found.folder, label)
+    try:
+        config = AutoConfig.from_pretrained(found.folder, **_LOCAL)
+        tokenizer = AutoTokenizer.from_pretrained(found.folder, **_LOCAL)
+        _check_vocabulary(label, tokenizer, config)
+        generation = None
+        if (found.folder / "generation_config.json").is_file():
+            generation = GenerationConfig.from_pretrained(found.folder, **_LOCAL)
+    except _LOADING_FAILS as error:
+        raise _explained(label, error) from error
+    stop_ids = _stop_ids(tokenizer, config, generation)
+    if not stop_ids:
+        raise ModelError(f"{label}: neither its tokenizer nor its configuration names an end-of-text token")
+    return Description(found.folder, found.commit or revision, config, tokenizer, stop_ids)
 
 
 def _check_vocabulary(label: str, tokenizer: Any, config: Any) -> None:
