@@ -1,11 +1,14 @@
-"""`python -m torture [--short] [--seed N] [--row NAME ...] [--write]`: the table of what Flash survives.
+"""`python -m torture [--short] [--seed N] [--row NAME ...] [--count N] [--write | --add]`: what Flash survives.
 
-`--write` puts the table into docs/reliability.md. Ends with 1 if anything was lost.
+`--write` keeps the results in torture/results.json and puts the table that follows from them into
+docs/reliability.md; `--add` does, and adds to a row's earlier trials instead of replacing them. Ends with 1 if
+anything was lost.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import os
@@ -14,11 +17,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from torture.rows import ROWS
-from torture.tally import Row, Tally, Unsupported, table
+from torture.tally import Row, Tally, Trial, Unsupported, table
 
 PAGE = Path(__file__).parent.parent / "docs" / "reliability.md"
+RESULTS = Path(__file__).with_name("results.json")
 BEGIN, END = "<!-- table -->", "<!-- /table -->"
 
 
@@ -28,66 +33,81 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--row", action="append", choices=[row.key for row in ROWS], help="this row only; repeatable")
     parser.add_argument("--count", type=int, help="this many faults instead of the row's own number")
-    parser.add_argument("--write", action="store_true", help="put the table into docs/reliability.md")
+    parser.add_argument("--write", action="store_true", help="keep the results and put the table into the page")
+    parser.add_argument("--add", action="store_true", help="the same, beside the row's earlier trials")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # a row's own process: its tally as JSON
     chosen = parser.parse_args()
     logging.disable(logging.CRITICAL)  # the faults are told of in plenty
-    rows = [row for row in ROWS if not chosen.row or row.key in chosen.row]
     if chosen.one:
-        row = next(row for row in ROWS if row.key == chosen.one)
-        try:
-            print(json.dumps(vars(row.run(chosen.count, chosen.seed))))
-        except Unsupported as reason:
-            print(json.dumps({"note": str(reason)}))
-        return 0
+        return _one(chosen.one, chosen.count, chosen.seed)
     results = []
-    for row in rows:
-        count = chosen.count or (row.short if chosen.short else row.long)
-        tally, seconds = _in_own_process(row, count, chosen.seed)
+    for row in ROWS:
+        if chosen.row and row.key not in chosen.row:
+            continue
+        trial = _in_own_process(row, chosen.count or (row.short if chosen.short else row.long), chosen.seed)
+        tally = trial.tally
         if not tally.injected:
             print(f"{row.name}: not run: {tally.note}", file=sys.stderr)
             continue
-        results.append((row, tally, seconds))
-        print(f"{row.name}: {tally.injected:,} injected, {tally.lost:,} lost, {seconds:.0f} s", file=sys.stderr)
+        results.append((row, [trial]))
+        print(f"{row.name}: {tally.injected:,} injected, {tally.lost:,} lost, {trial.seconds:.0f} s", file=sys.stderr)
         for loss in tally.losses[:5]:
             print(f"  lost: {loss}", file=sys.stderr)
-    text = f"{table(results)}\n\nSeed {chosen.seed}, {time.strftime('%Y-%m-%d')}, {_machine()}."
-    print(text)
-    if chosen.write:
-        _write(text)
-    return int(any(tally.losses for _, tally, _ in results))
+        if chosen.write or chosen.add:
+            keep(row, trial, beside=chosen.add)
+            publish()
+    print(table(results))
+    return int(any(trials[0].tally.losses for _, trials in results))
 
 
-def _in_own_process(row: Row, count: int, seed: int) -> tuple[Tally, float]:
+def _one(key: str, count: int, seed: int) -> int:
+    row = next(row for row in ROWS if row.key == key)
+    try:
+        print(json.dumps(vars(row.run(count, seed))))
+    except Unsupported as reason:
+        print(json.dumps({"note": str(reason)}))
+    return 0
+
+
+def _in_own_process(row: Row, count: int, seed: int) -> Trial:
     """A row of its own process, so that none starts from another's memory and handles."""
     began = time.monotonic()
     command = [sys.executable, "-m", "torture", "--one", row.key, "--count", str(count), "--seed", str(seed)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    seconds = time.monotonic() - began
-    if done.returncode != 0:
-        return Tally(injected=1, losses=[f"the row itself ended with status {done.returncode}"]), seconds
-    return Tally(**json.loads(done.stdout.strip().splitlines()[-1])), seconds
+    if done.returncode == 0:
+        tally = Tally(**json.loads(done.stdout.strip().splitlines()[-1]))
+    else:
+        tally = Tally(injected=1, losses=[f"the row itself ended with status {done.returncode}"])
+    machine = f"{os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}"
+    return Trial(seed, tally, time.monotonic() - began, time.strftime("%Y-%m-%d"), machine)
 
 
-def _machine() -> str:
-    return f"{os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}"
+# --- what is kept -------------------------------------------------------------------------------------
 
 
-def _write(text: str) -> None:
+def kept() -> dict[str, list[dict[str, Any]]]:
+    """Trials by row, as they were written."""
+    found: dict[str, list[dict[str, Any]]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    return found
+
+
+def keep(row: Row, trial: Trial, *, beside: bool) -> None:
+    results = kept()
+    results[row.key] = [*(results.get(row.key, []) if beside else []), dataclasses.asdict(trial)]
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def publish() -> None:
+    """The page's table, made anew from what is kept."""
+    results = kept()
+    rows = [(row, [_trial(each) for each in results[row.key]]) for row in ROWS if row.key in results]
     page = PAGE.read_text(encoding="utf-8")
     before, _, rest = page.partition(BEGIN)
-    earlier, _, after = rest.partition(END)
-    text = _with_rows_of(earlier, text)
-    PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+    PAGE.write_text(f"{before}{BEGIN}\n{table(rows)}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
 
 
-def _with_rows_of(earlier: str, text: str) -> str:
-    """The new table, with the rows of the earlier one that were not run now, in the table's own order."""
-    lines = {line.split("|")[1].strip(): line for line in earlier.splitlines() if line.startswith("| ")}
-    lines |= {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| ")}
-    head = next(at for at, line in enumerate(text.splitlines()) if line.startswith("|---"))
-    rows = [lines[row.name] for row in ROWS if row.name in lines]
-    return "\n".join([*text.splitlines()[: head + 1], *rows, "", text.splitlines()[-1]])
+def _trial(each: dict[str, Any]) -> Trial:
+    return Trial(**{**each, "tally": Tally(**each["tally"])})
 
 
 if __name__ == "__main__":

@@ -90,7 +90,8 @@ def archives(count: int, seed: int) -> Tally:
         if grown > MOST_BYTES:
             tally.losses.append(f"memory grew by {grown >> 20} MiB")
             tally.survived = 0
-    tally.note = f"{refused:,} refused, slowest {slowest * 1000:.0f} ms, {max(grown, 0) >> 20} MiB grown"
+    tally.counts = {"refused": refused}
+    tally.note = f"slowest {slowest * 1000:.0f} ms, {max(grown, 0) >> 20} MiB grown"
     return tally
 
 

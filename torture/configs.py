@@ -200,7 +200,7 @@ def configs(count: int, seed_: int) -> Tally:
         for _ in range(count // 4):
             path.write_bytes(damage(chance, text))
             one(lambda: check_file(path), lambda: repr(path.read_bytes()))
-    tally.note = f"{valid:,} of them valid"
+    tally.counts = {"of them valid": valid}
     return tally
 
 

@@ -46,13 +46,13 @@ def kills(count: int, seed: int) -> Tally:
             machine.close()
     tally.survived -= min(len(losses), tally.injected)
     tally.losses = losses
-    tally.note = f"{len(acknowledged):,} submits, {events:,} events"
+    tally.counts = {"submits": len(acknowledged), "events": events}
     return tally
 
 
 def _load(machine: Machine, chance: random.Random, acknowledged: dict[str, str]) -> None:
     """A submit, and the repeat of an earlier one."""
-    train = {"max_steps": chance.randint(20, 60), "save_every": 10, "batch_size": LINES}
+    train = {"max_steps": chance.randint(50, 110), "save_every": 10, "batch_size": LINES}
     key = f"key-{len(acknowledged)}-{chance.getrandbits(32)}"
     if sum(run["state"] in ("queued", "provisioning", "running") for run in _runs(machine)) < 3:
         acknowledged[key] = machine.submit(train, key=key)
@@ -67,7 +67,7 @@ def _judge(machine: Machine, acknowledged: dict[str, str]) -> tuple[list[str], i
     losses, total = [], 0
     for run_id in acknowledged.values():
         if machine.status(run_id)["state"] not in ("done", "failed"):
-            machine.ended(run_id, 900)
+            machine.ended(run_id, 3600)
         status = machine.status(run_id)
         if status["state"] != "done":
             losses.append(f"{run_id} ended {status['state']}: {status['summary']}")

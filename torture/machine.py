@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 SERVER = (sys.executable, "-P", "-m", "flash.control_plane.main")
 SCRIPTED_SERVER = (sys.executable, str(HERE / "scripted_server.py"))
 SETTINGS = {
-    "FLASH_SERVER_RECONCILE_INTERVAL_S": "0.05",
+    "FLASH_SERVER_RECONCILE_INTERVAL_S": "0.2",  # each look walks the process table
     "FLASH_SERVER_HEARTBEAT_S": "0.25",
     "FLASH_SERVER_LEASE_S": "8",
     "FLASH_SERVER_BACKOFF_FIRST_S": "0.05",

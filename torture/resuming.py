@@ -27,6 +27,7 @@ GRPO = {
     "steps": 6, "save_every": 1, "batch_size": 2, "group_size": 2, "max_tokens": 8, "max_length": 64, "lora_rank": 4,
     "learning_rate": 1e-3,
 }  # fmt: skip
+PATIENCE_S = 3600.0  # for a run that dies some thirty times on a machine with other things to do
 PARTS = ("flash.worker.supervisor", "flash.worker.trainer", "environment_host")
 
 
@@ -52,14 +53,15 @@ def resume(algorithm: str, train: dict[str, Any], count: int, seed: int) -> Tall
             assert machine.ended(first)["state"] == "done", machine.status(first)["summary"]
             expected, spec = machine.adapter_sha256(first), machine.status(first)["spec"]
             typical_s = time.monotonic() - began
-            tally.note = f"{algorithm} on flash/nano"
+            tally.counts = {"at named points": 0, "at random": 0}
             while tally.injected < count:
                 wanted = count - tally.injected
                 at_points = chance.random() < 0.6 or tally.injected == 0
                 kills, run_id = (_at_points if at_points else _at_random)(
                     machine, train, algorithm, chance, wanted, typical_s
                 )
-                status = machine.ended(run_id)
+                tally.counts["at named points" if at_points else "at random"] += kills
+                status = machine.ended(run_id, PATIENCE_S)
                 assert status["spec"] == spec, "the code changed meanwhile: nothing can be compared"
                 whole = _whole(machine, run_id)
                 same = status["state"] == "done" and machine.adapter_sha256(run_id) == expected
@@ -81,7 +83,7 @@ def _at_points(
     once = Path(tempfile.mkdtemp(dir=machine.home))
     machine.start(**{VARIABLE: " ".join(points), ONCE: str(once)})
     run_id = machine.submit(train, algorithm=algorithm)
-    machine.ended(run_id)
+    machine.ended(run_id, PATIENCE_S)
     machine.kill()
     machine.start()
     return len(list(once.iterdir())), run_id

@@ -171,8 +171,7 @@ def _rounds(home: Path, store: Store, faulty: Faulty, write: Write, count: int, 
                 tally.count(not losses, "; ".join(losses))
     finally:
         plane.close()
-    kinds = sorted(set(faulty.injected), key=faulty.injected.count, reverse=True)
-    tally.note = ", ".join(f"{faulty.injected.count(kind):,} {kind}" for kind in kinds)
+    tally.counts = {kind: faulty.injected.count(kind) for kind in set(faulty.injected)}
     return tally
 
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 from torture.rows import ROWS
-from torture.tally import Row, Tally, Unsupported, table
+from torture.tally import Row, Tally, Trial, Unsupported, table
 
 from torture import disks
 
@@ -32,7 +32,8 @@ def test_a_loss_is_counted_and_shown():
     tally.count(True)
     tally.count(False, "gone")
     assert (tally.injected, tally.lost, tally.losses) == (2, 1, ["gone"])
-    assert "| 2 | 1 | 1 |" in table([(ROWS[0], tally, 1.0)])
+    trial = Trial(7, tally, 60.0, "2026-01-01", "a machine")
+    assert "| 4 | 2 | 2 | 7, 7 | 2.0 |" in table([(ROWS[0], [trial, trial])])
 
 
 @pytest.mark.slow
