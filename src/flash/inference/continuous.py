@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import psutil
 import torch
 from llguidance import LLMatcher
 from torch import Tensor
@@ -30,9 +31,9 @@ from flash.inference.sampling import Draws, StopMatcher, likeliest, stream_key
 from flash.inference.serving_batches import Batch, Job, Limits, Loaded, MixedBatch, Ready, TurnBatch
 
 _MAX_ROWS = 64
-_MAX_CACHE_TOKENS = 1 << 18
+_MAX_CACHE_TOKENS = 1 << 18  # ... however much memory there is
 _MAX_WAITING = 256  # requests
-_PREFILL_TOKENS = 256
+_PREFILL_TOKENS = {"cpu": 256, "gpu": 2048}  # more at once is no faster, and holds up those who decode
 _PREFIX_BYTES = 256 << 20
 _MAX_DEVICE_ADAPTERS = 64
 
@@ -82,16 +83,21 @@ class ContinuousEngine:
         base: BaseModel,
         *,
         max_rows: int = _MAX_ROWS,
-        max_cache_tokens: int = _MAX_CACHE_TOKENS,
+        max_cache_tokens: int | None = None,
         max_waiting: int = _MAX_WAITING,
-        prefill_tokens: int = _PREFILL_TOKENS,
+        prefill_tokens: int | None = None,
         prefix_bytes: int = _PREFIX_BYTES,
         max_device_adapters: int = _MAX_DEVICE_ADAPTERS,
     ) -> None:
-        """`max_cache_tokens` bounds rows times their longest possible transcript, `prefill_tokens` how much of
-        prompts goes in between two decoded tokens, `prefix_bytes` what is kept of past prompts."""
+        """`max_cache_tokens` bounds rows times their longest possible transcript (None: what half of the free memory
+        holds), `prefill_tokens` how much of prompts goes in between two decoded tokens, `prefix_bytes` what is kept
+        of past prompts."""
         self._base = base
-        self._limits = Limits(max_rows, max_cache_tokens, prefill_tokens)
+        self._limits = Limits(
+            max_rows,
+            max_cache_tokens or _affordable_tokens(base),
+            prefill_tokens or _PREFILL_TOKENS["cpu" if base.device.type == "cpu" else "gpu"],
+        )
         self._max_waiting = max_waiting
         self._vocabulary: int = base.model.get_input_embeddings().num_embeddings
         self._grammars = structured.Grammars(base.tokenizer, vocabulary=self._vocabulary, stop_ids=base.stop_ids)
@@ -373,6 +379,20 @@ class ContinuousEngine:
                 self._stop_matchers.clear()
             self._stop_matchers[stop] = StopMatcher(stop, self._base.text)
         return self._stop_matchers[stop]
+
+
+def _affordable_tokens(base: BaseModel) -> int:
+    """How many tokens' keys and values half of the device's free memory holds; one whole context at least."""
+    config = base.model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    layers = sum(kind == "full_attention" for kind in kinds)
+    size = 2 * layers * config.num_key_value_heads * head_dim * base.dtype.itemsize
+    if base.device.type == "cuda":
+        free = torch.cuda.mem_get_info(base.device)[0]
+    else:
+        free = psutil.virtual_memory().available
+    return max(base.context_length, min(_MAX_CACHE_TOKENS, free // 2 // size))
 
 
 def _explained(error: Exception) -> FlashError:
