@@ -27,7 +27,7 @@ from flash.launching.fake import FakeLauncher
 from flash.launching.launcher import LaunchRequest
 from flash.records import SubmitRequest
 from flash.storage import identity, runs, schema
-from flash.storage.identity import Caller
+from flash.storage.identity import Caller, Role
 from torture.machine import ENVIRONMENT, HERE, SETTINGS, archive, wait_for
 from torture.tally import Tally
 
@@ -112,7 +112,7 @@ def _submit(plane: Services, url: str) -> str:
         "environment": {"id": "local/echo"},
         "train": {"max_steps": 10**7, "save_every": 20, "batch_size": 5},
     }
-    return submit(plane, Caller("local", "owner"), SubmitRequest(config=config), None).run_id
+    return submit(plane, Caller("local", Role.OWNER), SubmitRequest(config=config), None).run_id
 
 
 def _one(plane: Services, launcher: FarLauncher, run_id: str, epoch: int, chance: random.Random) -> str:

@@ -96,6 +96,27 @@ class Unauthorized(FlashError):
     status = 401
 
 
+class Forbidden(FlashError):
+    """The key is good, but not for this."""
+
+    code = "forbidden"
+    status = 403
+
+
+class BudgetSpent(FlashError):
+    """What the key may cost in all is spent, or would be."""
+
+    code = "budget_spent"
+    status = 402
+
+
+class CapReached(FlashError):
+    """The key has as much under way as it may; the same request is welcome when some of it has ended."""
+
+    code = "cap_reached"
+    status = 429
+
+
 class Unavailable(FlashError):
     """A server, store or network that can't be reached now; trying again may help."""
 

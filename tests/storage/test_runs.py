@@ -15,6 +15,7 @@ from flash.errors import Conflict, InternalError, NotFound
 from flash.records import AttemptState, EventKind, Heartbeat, Manifest, ManifestFile, Phase, RunState, WorkerEvent
 from flash.storage import environments, events, identity, runs, schema, vault
 from flash.storage.database import Database
+from flash.storage.identity import Role
 from flash.storage.vault import Vault
 
 
@@ -340,7 +341,8 @@ def test_keys_are_hashed_found_and_revoked(database: Database):
     with database.write() as connection:
         identity.add_key(connection, org="local", token=token, name="laptop")
         identity.add_key(connection, org="local", token=token, name="laptop")
-        assert identity.find_caller(connection, token) == identity.Caller("local", "owner")
+        found = identity.find_caller(connection, token)
+        assert found is not None and (found.org, found.role, found.name) == ("local", Role.OWNER, "laptop")
         assert identity.find_caller(connection, token + "x") is None
         stored = connection.execute(select(schema.api_keys)).all()
         assert len(stored) == 1 and token not in str(stored)

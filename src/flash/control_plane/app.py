@@ -26,6 +26,7 @@ from flash.control_plane.routes import dashboard, deployments, environments, met
 from flash.control_plane.routes.openai import openai_answer, speaks_openai
 from flash.control_plane.services import Services, open_services
 from flash.control_plane.settings import ServerSettings
+from flash.control_plane.watching import Watch
 from flash.errors import ConfigError, FlashError, InternalError, InvalidInput, NotFound, Unavailable
 from flash.serving.openai import as_api_error, error_body, validation_error
 
@@ -48,10 +49,13 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     for status, words in {
         400: "the body can't be read as JSON",
         401: "no key, or one that is not valid here",
+        402: "what the key may cost is spent, or would be",
+        403: "the key is good, but not for this",
         404: "no such object",
         409: "the object moved on",
         413: "the body is too large",
         422: "the request can't be carried out as it stands",
+        429: "the key has as much under way as it may, or too many requests are waiting",
         503: "a part of the service can't be reached now",
     }.items()
 }
@@ -90,10 +94,12 @@ def create_app(
     app.add_exception_handler(OperationalError, _database_error)
     app.add_exception_handler(Exception, _defect)
     app.add_middleware(BodyLimit, limit=settings.max_body, archive_limit=settings.max_archive)
+    app.add_middleware(Watch, plane=plane)
     return app
 
 
 def _answer(request: Request, error: FlashError, status: int | None = None) -> Response:
+    request.state.problem = error.message
     if speaks_openai(request.url.path):
         return openai_answer(error, status=status)
     headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}

@@ -1,4 +1,8 @@
-"""Who may: bearer tokens of people, of attempts and of engines, as route dependencies."""
+"""Who may: bearer tokens of people, of attempts and of engines, as route dependencies.
+
+Every route has one of them, and a test walks all routes to see it. Who called is left in `request.state.caller` for
+the audit log.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,10 @@ from typing import Annotated
 from fastapi import Depends, Header, Request
 
 from flash.control_plane.services import Services
-from flash.errors import Conflict, Unauthorized
+from flash.errors import Conflict, Forbidden, Unauthorized
 from flash.records import AttemptState, EngineState
 from flash.storage import engines, identity, runs
-from flash.storage.identity import Caller
+from flash.storage.identity import Caller, Role
 
 
 def services_of(request: Request) -> Services:
@@ -32,15 +36,38 @@ def _bearer(authorization: Annotated[str | None, Header()] = None) -> str:
 Bearer = Annotated[str, Depends(_bearer)]
 
 
-def _caller(plane: Plane, token: Bearer) -> Caller:
+def _caller(request: Request, plane: Plane, token: Bearer) -> Caller:
     with plane.database.read() as connection:
         found = identity.find_caller(connection, token)
-    if found is None:
-        raise Unauthorized("the key is not valid here", remedy="`flash login`, or check FREESOLO_API_KEY")
+        if found is None:
+            request.state.caller = identity.find_revoked(connection, token)  # the audit log names it
+            raise Unauthorized("the key is not valid here", remedy="`flash login`, or check FREESOLO_API_KEY")
+    request.state.caller = found
     return found
 
 
-Me = Annotated[Caller, Depends(_caller)]
+class Needs:
+    """A route's rule: the least role that may call it. Without one, looking takes a reader, all else a member."""
+
+    def __init__(self, role: Role | None = None) -> None:
+        self.role = role
+
+    def __call__(self, request: Request, caller: Annotated[Caller, Depends(_caller)]) -> Caller:
+        needed = self.role or (Role.READ_ONLY if request.method in _LOOKING else Role.MEMBER)
+        if caller.role < needed:
+            raise Forbidden(
+                f"this takes the role {needed.word}, and the key is {caller.role.word}",
+                remedy="ask an admin of your org for another key",
+            )
+        return caller
+
+
+_LOOKING = ("GET", "HEAD")
+
+Me = Annotated[Caller, Depends(Needs())]
+Reader = Annotated[Caller, Depends(Needs(Role.READ_ONLY))]
+Admin = Annotated[Caller, Depends(Needs(Role.ADMIN))]
+Owner = Annotated[Caller, Depends(Needs(Role.OWNER))]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from flash.environments.package import unpack
 from flash.environments.sizes import SplitSize, split_size
 from flash.errors import FlashError, ModelError
 from flash.launching.hardware import Device, cpu_device, cuda_devices
-from flash.storage.runs import RunRow
+from flash.storage.runs import PricedRow
 
 _LARGEST_PACKAGE = 8 << 20  # bytes of an archive that a submit opens to count its rows
 
@@ -36,6 +36,7 @@ class Planned:
     spec: RunSpec
     estimate: dict[str, Any] | None
     wall_clock_limit_s: float
+    gpus: int
 
 
 def reachable(plane: Services) -> list[tuple[str, HardwareClass]]:
@@ -49,8 +50,14 @@ def reachable(plane: Services) -> list[tuple[str, HardwareClass]]:
     for name in names:
         device = known.get("cpu" if name.startswith("cpu") else name)
         if device is not None:
-            found.append((name, _class_of(device)))
+            found.append((name, _priced(_class_of(device), plane.settings.usd_per_hour)))
     return found
+
+
+def _priced(hardware: HardwareClass, prices: Mapping[str, float]) -> HardwareClass:
+    """With the operator's price: of the device by name, or of its kind."""
+    usd = prices.get(hardware.name, prices.get(hardware.kind))
+    return hardware if usd is None else replace(hardware, usd_per_hour=usd)
 
 
 @cache
@@ -78,15 +85,20 @@ def plan_run(plane: Services, spec: RunSpec, entry: ModelEntry, size: SplitSize 
     try:
         check_fit(spec, entry, classes)
     except ModelError:
-        return Planned(spec, None, unknown)
+        return Planned(spec, None, unknown, _gpus(classes))
     fitting = [hardware for hardware in classes if fits(spec, entry, hardware)]
     if not fitting:
-        return Planned(spec, None, unknown)
+        return Planned(spec, None, unknown, _gpus(classes))
     found = estimate(spec, entry, min(fitting, key=lambda hardware: hardware.flops), _dataset(size, spec, entry))
     limit = max(settings.wall_clock_min_s, settings.wall_clock_factor * found.limit_base_s)
     if spec.algorithm == "sft" and size is None and not (spec.train.max_examples or spec.train.max_steps):
         limit = max(limit, unknown)  # rows made in code: nobody knows how many
-    return Planned(_sized(spec, entry, fitting), found.document(), limit)
+    return Planned(_sized(spec, entry, fitting), found.document(), limit, _gpus(fitting))
+
+
+def _gpus(classes: list[HardwareClass]) -> int:
+    """How many a run takes on devices like these: one, unless it runs on processors."""
+    return int(any(hardware.kind == "gpu" for hardware in classes))
 
 
 def _sized(spec: RunSpec, entry: ModelEntry, classes: list[HardwareClass]) -> RunSpec:
@@ -119,11 +131,11 @@ def packaged_rows(plane: Services, sha256: str, size: int, params: Mapping[str, 
 # --- what a run cost --------------------------------------------------------------------------------------
 
 
-def estimated_usd(run: RunRow) -> float | None:
+def estimated_usd(run: PricedRow) -> float | None:
     return None if run.estimate is None else float(run.estimate["usd"])
 
 
-def cost_usd(run: RunRow) -> float | None:
+def cost_usd(run: PricedRow) -> float | None:
     """By the time under a worker's lease; of a cancelled run by the steps that it reached."""
     if run.estimate is None:
         return None

@@ -154,7 +154,7 @@ class Server(uvicorn.Server):
     def _busy(self) -> bool:
         with self._plane.database.read() as connection:
             return bool(
-                runs.open_runs(connection) or engines.live(connection) or deployments.count_live(connection)
+                runs.any_open(connection) or engines.live(connection) or deployments.count_live(connection)
             )
 
 

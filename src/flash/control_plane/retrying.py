@@ -12,6 +12,7 @@ import json
 from flash.artifacts.manifests import Damaged, copy_checkpoint, verify
 from flash.catalog.catalog import load_catalog
 from flash.config.load import parse_config
+from flash.control_plane.caps import check_caps
 from flash.control_plane.services import Services
 from flash.control_plane.submitting import Submitted, check_secrets
 from flash.errors import Conflict
@@ -29,6 +30,7 @@ def retry(plane: Services, caller: Caller, run_id: str, secrets: dict[str, str],
             if known is not None:
                 return Submitted(known, created=False)
         source = runs.get_run(connection, run_id, org=caller.org)
+        check_caps(connection, caller, estimate=source.estimate, gpus=source.gpus)  # before anything is copied
         manifests = [
             runs.manifest_of(connection, source.id, found.step)
             for found in reversed(runs.checkpoints_of(connection, source.id))
@@ -61,6 +63,8 @@ def retry(plane: Services, caller: Caller, run_id: str, secrets: dict[str, str],
         step=step,
         total_steps=source.total_steps,
         micro_batch_divisor=source.micro_batch_divisor,
+        key_id=caller.key_id,
+        gpus=source.gpus,
         reason=f"a retry of {source.id} from {f'step {step}' if step else 'the start'}",
     )
     with plane.database.write() as connection:
@@ -68,6 +72,7 @@ def retry(plane: Services, caller: Caller, run_id: str, secrets: dict[str, str],
             known = runs.find_submission(connection, org=caller.org, key=key, body_mac=mac)
             if known is not None:
                 return Submitted(known, created=False)
+        check_caps(connection, caller, estimate=new.estimate, gpus=new.gpus)
         runs.insert_run(connection, new, now=now, run_id=new_id)
         if taken is not None:
             # Epoch 0: no attempt of this run brought it.

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from flash.artifacts.store import Store
+from flash.control_plane.counting import Requests
 from flash.control_plane.followers import Followers
 from flash.control_plane.links import Links
 from flash.control_plane.settings import ServerSettings
@@ -28,6 +29,7 @@ class Services:
     launcher: Launcher
     stopwatches: Stopwatches
     traffic: Traffic
+    requests: Requests = field(default_factory=Requests)
     followers: Followers = field(default_factory=Followers)
     links: Links = field(default_factory=Links)  # into the dashboard
     wake: threading.Event = field(default_factory=threading.Event)  # asks the reconciler to look now

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 from sqlalchemy.engine import URL, make_url
@@ -47,6 +47,8 @@ class ServerSettings(BaseModel):
     # A bucket's settings by obstore's names (endpoint, region, access_key_id, …); else the provider's own variables.
     store_options: dict[str, str] = Field(default_factory=dict, repr=False)
     devices: tuple[str, ...] | None = None  # None: what the machine has
+    usd_per_hour: dict[str, float] = Field(default_factory=dict)  # of a device, by its name or as "gpu" or "cpu"
+    access_log: bool = False  # a line for each request
 
     heartbeat_s: float = Field(default=5.0, gt=0)
     lease_s: float = Field(default=30.0, gt=0)
@@ -66,6 +68,7 @@ class ServerSettings(BaseModel):
     wall_clock_factor: float = Field(default=3.0, gt=0)
     wall_clock_unknown_s: float = Field(default=86400.0, gt=0)  # where no estimate can be made
 
+    engine: Literal["auto", "flash", "vllm"] = "auto"  # auto: vLLM on GPUs where it is installed, else the built-in one
     engine_wait_s: float = Field(default=120.0, ge=0)  # how long a request waits for an engine that has to start
     engine_want_s: float = Field(default=60.0, gt=0)  # a queued engine that no one waited for so long is dropped
     engine_load_s: float = Field(default=3600.0, gt=0)  # from its host's first report to a loaded base

@@ -20,6 +20,7 @@ from flash.config.load import parse_config
 from flash.config.recipes import AdapterSource, resolve
 from flash.config.run import ADAPTER_REF, RunConfig
 from flash.config.secrets import WANDB_KEY, wandb_warnings
+from flash.control_plane.caps import check_caps
 from flash.control_plane.estimating import packaged_rows, plan_run
 from flash.control_plane.services import Services
 from flash.environments.references import at_commit, fetch, pinned_commit
@@ -69,6 +70,7 @@ def submit(plane: Services, caller: Caller, request: SubmitRequest, key: str | N
                 update={"environment": spec.environment.model_copy(update={"id": str(fetched.ref)})}
             )
         planned = plan_run(plane, spec, catalog.get(spec.model), size)
+        check_caps(connection, caller, estimate=planned.estimate, gpus=planned.gpus)
         new = runs.NewRun(
             org=caller.org,
             config=config.document(),
@@ -82,6 +84,8 @@ def submit(plane: Services, caller: Caller, request: SubmitRequest, key: str | N
             wall_clock_limit_s=planned.wall_clock_limit_s,
             estimate=planned.estimate,
             warnings=[*warnings, *wandb_warnings(config, request.secrets)],
+            key_id=caller.key_id,
+            gpus=planned.gpus,
         )
         run_id = runs.insert_run(connection, new, now=now)
         plane.vault.store(connection, run_id, request.secrets)

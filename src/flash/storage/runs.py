@@ -39,7 +39,17 @@ _OWN_KINDS = frozenset({EventKind.STATE, EventKind.ATTEMPT, EventKind.CHECKPOINT
 
 
 @dataclass(frozen=True)
-class RunRow:
+class PricedRow:
+    """What a run's cost is told by."""
+
+    state: RunState
+    step: int
+    active_s: float
+    estimate: dict[str, Any] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRow(PricedRow):
     """One row of `runs`; columns are described in `schema.py`."""
 
     id: str
@@ -57,27 +67,23 @@ class RunRow:
     init_step: int | None
     retry_of: str | None
     wall_clock_limit_s: float | None
-    estimate: dict[str, Any] | None
     desired: str
-    state: RunState
     phase: Phase | None
-    step: int
     total_steps: int | None
     metrics: dict[str, Any]
     eval: dict[str, Any] | None
     warnings: list[str]
     error: dict[str, Any] | None
     last_seq: int
-    active_s: float
     retry_at: float | None
     fruitless: int
     micro_batch_divisor: int
     cleaned_at: float | None
-    key_id: str | None
-    gpus: int
-    pinned: bool
-    ttl_s: float | None
-    collected_at: float | None
+    key_id: str | None = None
+    gpus: int = 0
+    pinned: bool = False
+    ttl_s: float | None = None
+    collected_at: float | None = None
 
 
 @dataclass(frozen=True)
@@ -242,6 +248,22 @@ def count_ahead(connection: Connection, run: RunRow) -> int:
     earlier = tuple_(table.c.created_at, table.c.id) < tuple_(run.created_at, run.id)
     query = select(func.count()).where(table.c.state == RunState.QUEUED.value, earlier)
     return int(connection.execute(query).scalar_one())
+
+
+def under_way(connection: Connection, *, key_id: str) -> tuple[int, int]:
+    """How many unfinished runs a key has, and the GPUs that they take together."""
+    table = schema.runs
+    query = select(func.count(), func.coalesce(func.sum(table.c.gpus), 0))
+    found = connection.execute(query.where(table.c.key_id == key_id, table.c.state.in_(_OPEN))).one()
+    return int(found[0]), int(found[1])
+
+
+def of_key(connection: Connection, *, key_id: str) -> list[PricedRow]:
+    """What every run that a key ever submitted is priced by."""
+    table = schema.runs
+    columns = (table.c.state, table.c.step, table.c.active_s, table.c.estimate)
+    rows = connection.execute(select(*columns).where(table.c.key_id == key_id))
+    return [PricedRow(RunState(row.state), row.step, row.active_s, row.estimate) for row in rows]
 
 
 def count_by_state(connection: Connection, *, org: str) -> dict[str, int]:

@@ -59,10 +59,7 @@ class CheckpointList(BaseModel):
 def _status(plane: Services, connection: Connection, run: runs.RunRow) -> RunStatus:
     waiting = 0
     if run.state is RunState.QUEUED:
-        waiting = sum(
-            other.state is RunState.QUEUED and (other.created_at, other.id) < (run.created_at, run.id)
-            for other in runs.open_runs(connection)
-        )
+        waiting = runs.count_ahead(connection, run)
     return run_status(
         run,
         runs.attempts_of(connection, [run.id])[run.id],

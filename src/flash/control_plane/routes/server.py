@@ -8,7 +8,7 @@ from fastapi import APIRouter
 from pydantic import BaseModel
 
 from flash import __version__
-from flash.control_plane.auth import Me, Plane
+from flash.control_plane.auth import Me, Owner, Plane
 from flash.control_plane.estimating import reachable
 from flash.storage.database import SQLITE_VERSION
 
@@ -47,7 +47,7 @@ def health() -> Health:
 
 @router.get("/whoami")
 def whoami(me: Me, plane: Plane) -> WhoAmI:
-    return WhoAmI(org=me.org, role=me.role, server=plane.api_url)
+    return WhoAmI(org=me.org, role=me.role.word, server=plane.api_url)
 
 
 @router.get("/hardware")
@@ -68,6 +68,6 @@ def hardware(me: Me, plane: Plane) -> HardwareList:
 
 
 @router.post("/server/stop", status_code=202)
-def stop(me: Me, plane: Plane) -> dict[str, str]:
+def stop(me: Owner, plane: Plane) -> dict[str, str]:
     plane.stopping.set()
     return {"status": "stopping"}
