@@ -199,8 +199,12 @@ class Plane:
         def found() -> dict[str, Any] | None:
             return next((beat for beat in self.beats if condition(beat)), None)
 
+        def failed() -> dict[str, Any] | None:
+            return next((beat["error"] for beat in self.beats if beat["state"] == "failed"), None)
+
         with self.changed:
-            assert self.changed.wait_for(found, PATIENCE_S), self.states
+            self.changed.wait_for(lambda: found() or failed(), PATIENCE_S)
+            assert found(), (self.states, failed())
             return found()
 
     def close(self) -> None:

@@ -103,6 +103,19 @@ def test_an_answer_follows_its_schema(host):
         assert 0 <= said["sum"] <= 99
 
 
+def test_reasoning_is_free_before_an_answer_that_follows_a_schema(host):
+    wanted = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"enum": [12, 30, 42]}}}
+    answer = host.openai().chat.completions.create(
+        **{**ASK, "max_tokens": 400},
+        response_format=wanted,
+        extra_body={"chat_template_kwargs": {"enable_thinking": True}},
+    )
+    message = answer.choices[0].message
+    assert answer.choices[0].finish_reason == "stop"
+    assert json.loads(message.content) in (12, 30, 42)
+    assert message.reasoning_content
+
+
 def test_prompt_scores_are_the_models_own(host, base, adapters):
     _, stored = adapters
     tokens = base.tokenizer("12 + 30 = 42, 日本", add_special_tokens=False)["input_ids"]

@@ -45,6 +45,23 @@ def compile_schema(schema: Mapping[str, Any] | bool | None) -> str:
     return grammar
 
 
+def after_thinking(grammar: str, *, opened: bool) -> str:
+    """The same answer, after reasoning that says what it likes up to `</think>`.
+
+    `opened` says that the prompt has opened the trace already; else it may open with `<think>`, or not come at
+    all. Both tags must be tokens of the model's own.
+    """
+    schema = json.loads(grammar)["grammars"][0]["json_schema"]
+    trace = "thought </think> gap" if opened else "(<think> thought </think> gap)?"
+    rules = [
+        f"start: {trace} answer",
+        "thought: /(?s:.*)/",
+        r"gap: /\n{0,2}/",
+        f"answer: %json {json.dumps(schema)}",
+    ]
+    return json.dumps({"grammars": [{"lark_grammar": "\n".join(rules)}]})
+
+
 class Grammars:
     """Compiles grammars for one tokenizer, and keeps those used last. For many threads."""
 

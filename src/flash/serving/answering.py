@@ -19,7 +19,7 @@ from typing import Any
 from flash.errors import InvalidInput
 from flash.inference.chat import ChatRenderer
 from flash.inference.engine import Failed, Prefilled, Request, Sampled, Sampling, Scored
-from flash.inference.structured import compile_schema
+from flash.inference.structured import after_thinking, compile_schema
 from flash.serving.openai import ApiError, ChatRequest, CompletionRequest
 from flash.serving.text import Characters, StopCutter, ThinkingSplitter, ToolCall, ToolCalls, Vocabulary
 
@@ -49,6 +49,10 @@ class Served:
     @cached_property
     def renderers(self) -> dict[bool, ChatRenderer]:
         return {thinking: ChatRenderer(self.tokenizer, thinking=thinking) for thinking in (False, True)}
+
+    @cached_property
+    def has_thinking_tokens(self) -> bool:
+        return {"<think>", "</think>"} <= set(self.tokenizer.get_vocab())
 
     def fingerprint(self, adapter: str | None) -> str:
         """Names base, revision and adapter: the same as long as all three are."""
@@ -88,7 +92,7 @@ def chat_answer(served: Served, request: ChatRequest, target: Target) -> ChatAns
         request,
         max_tokens=limit,
         top_logprobs=request.top_logprobs or 0,
-        grammar=_grammar(request, thinking=thinking),
+        grammar=_grammar(served, request, thinking=thinking),
     )
     asked_of_engine = Request(
         tokens, sampling, n=request.n or 1, adapter=target.adapter, cache_scope=target.scope
@@ -173,19 +177,22 @@ def _sampling(
     )
 
 
-def _grammar(request: ChatRequest, *, thinking: bool) -> str | None:
+def _grammar(served: Served, request: ChatRequest, *, thinking: bool) -> str | None:
     if request.response_format is None or not request.constrained:
         return None
-    if thinking:
-        raise ApiError(
-            "response_format needs thinking off: set chat_template_kwargs.enable_thinking to false",
-            param="response_format",
-        )
     wanted = request.response_format.json_schema
     try:
-        return compile_schema(wanted.schema_ if wanted else None)
+        grammar = compile_schema(wanted.schema_ if wanted else None)
     except InvalidInput as error:
         raise ApiError(str(error), param="response_format") from None
+    if not thinking:
+        return grammar
+    if not served.has_thinking_tokens:
+        raise ApiError(
+            f"response_format needs thinking off on {served.model}: set chat_template_kwargs.enable_thinking to false",
+            param="response_format",
+        )
+    return after_thinking(grammar, opened=served.renderers[True].opens_thinking)
 
 
 # --- one sample -------------------------------------------------------------------------------------------
