@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flash.catalog.catalog import load_catalog
+from flash.client.engines import find_engine
 from flash.control_plane.services import Services
 from flash.control_plane.settings import ServerSettings
 from flash.errors import FlashError, InternalError, Unavailable
@@ -331,7 +332,18 @@ def hello(plane: Services, row: engines.EngineRow, token: str) -> EngineHello:
         max_adapters=settings.engine_adapters,
         adapter_disk_bytes=settings.engine_disk_bytes,
         threads=settings.engine_threads,
+        vllm_python=_vllm_python(settings, row.device or ""),
     )
+
+
+def _vllm_python(settings: ServerSettings, device: str) -> str | None:
+    """vLLM's interpreter where it is to serve: on GPUs if it is installed, elsewhere only if asked for."""
+    if settings.engine == "flash" or (settings.engine == "auto" and not device.startswith("cuda")):
+        return None
+    installed = find_engine(settings.home)
+    if installed is None and settings.engine == "vllm":
+        raise Unavailable("engine = vllm, which is not installed", remedy="run `flash engine install vllm`")
+    return str(installed.python) if installed else None
 
 
 def record_heartbeat(plane: Services, row: engines.EngineRow, beat: EngineHeartbeat) -> EngineAnswer:

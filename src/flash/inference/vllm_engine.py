@@ -14,12 +14,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import logging
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Coroutine, Sequence
@@ -31,11 +32,23 @@ import httpx
 
 from flash.errors import Busy, FlashError, InternalError, InvalidInput, ModelError, Unavailable
 from flash.inference.engine import Failed, Prefilled, Request, Sampled, Scored, Sink, Ticket
+from flash.inference.vllm_adapters import room_for, served_form
 
 _BASE = "base"  # what vLLM calls the bare model
-_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # vLLM makes room for one of these
 _MOST_LOGPROBS = 20
-_log = logging.getLogger(__name__)
+# vLLM must not outlive us, however we end: its parent kills the whole group once our end of its standard input closes.
+_WATCH = """
+import os, signal, subprocess, sys, threading
+
+child = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
+
+def end_with_the_host():
+    sys.stdin.buffer.read()
+    os.killpg(0, signal.SIGKILL)
+
+threading.Thread(target=end_with_the_host, daemon=True).start()
+sys.exit(child.wait())
+"""
 
 
 @dataclass(frozen=True)
@@ -58,9 +71,6 @@ class VllmSettings:
     options: tuple[str, ...] = ()  # more of vLLM's own command line
 
     def command(self, port: int) -> list[str]:
-        rank = next((rank for rank in _RANKS if rank >= self.max_rank), None)
-        if rank is None:
-            raise InvalidInput(f"rank {self.max_rank}: vLLM takes adapters up to rank {_RANKS[-1]}")
         named = {
             "--model": str(self.model),
             "--served-model-name": _BASE,
@@ -70,7 +80,7 @@ class VllmSettings:
             "--max-model-len": str(self.context_length),
             "--max-num-seqs": str(self.max_rows),
             "--max-loras": str(self.max_adapters),
-            "--max-lora-rank": str(rank),
+            "--max-lora-rank": str(room_for(self.max_rank)),
             "--max-logprobs": str(_MOST_LOGPROBS),
             "--gpu-memory-utilization": str(self.memory_share),
             "--structured-outputs-config.backend": "guidance",
@@ -80,7 +90,7 @@ class VllmSettings:
 
     def environment(self, key: str) -> dict[str, str]:
         """Ours, with vLLM's key and without anything that it should not have."""
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("FLASH_", "PYTHON"))}
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
         for name in ("FREESOLO_API_KEY", "WANDB_API_KEY", "GITHUB_TOKEN", "HF_TOKEN"):
             kept.pop(name, None)
         return {
@@ -115,7 +125,8 @@ class VllmEngine:
         start in time or ends while it starts, with the end of its log."""
         self._settings = settings
         self._key = secrets.token_hex(32)
-        self._adapters: set[str] = set()
+        self._adapters: dict[str, Path] = {}  # the folder that vLLM has read, and may read again
+        self._copies = work_dir / "vllm-adapters"
         self._asked: set[_Asked] = set()
         self._lock = threading.Lock()
         self._closed = False
@@ -146,10 +157,15 @@ class VllmEngine:
     # --- the protocol -------------------------------------------------------------------------------------
 
     def load_adapter(self, name: str, folder: Path) -> None:
-        self._post("/v1/load_lora_adapter", {
-            "lora_name": name, "lora_path": str(folder), "load_inplace": name in self._adapters,
-        })  # fmt: skip
-        self._adapters.add(name)
+        served = served_form(folder, self._settings.model, self._copies)
+        body = {"lora_name": name, "lora_path": str(served), "load_inplace": name in self._adapters}
+        try:
+            self._post("/v1/load_lora_adapter", body)
+        except FlashError:
+            self._remove_copy(served)
+            raise
+        self._remove_copy(self._adapters.get(name))
+        self._adapters[name] = served
 
     def unload_adapter(self, name: str) -> None:
         """Waits for the requests in flight on it."""
@@ -159,8 +175,9 @@ class VllmEngine:
                     break
             time.sleep(0.01)
         if name in self._adapters:
-            self._adapters.discard(name)
+            served = self._adapters.pop(name)
             self._post("/v1/unload_lora_adapter", {"lora_name": name})
+            self._remove_copy(served)
 
     def submit(self, request: Request, sink: Sink) -> Ticket:
         self._check(request)
@@ -199,6 +216,7 @@ class VllmEngine:
             self._fail(asked, Unavailable("the engine is closing"))
             self.cancel(asked)
         _end(self._process, self._settings.stop_s)
+        shutil.rmtree(self._copies, ignore_errors=True)
         with contextlib.suppress(RuntimeError):
             asyncio.run_coroutine_threadsafe(self._client.aclose(), self._loop).result(5)
             self._loop.call_soon_threadsafe(self._loop.stop)
@@ -320,22 +338,28 @@ class VllmEngine:
             asked.over = True
             asked.sink(Failed(error))
 
+    def _remove_copy(self, folder: Path | None) -> None:
+        if folder is not None and folder.parent == self._copies:
+            shutil.rmtree(folder, ignore_errors=True)
+
     # --- the process --------------------------------------------------------------------------------------
 
     def _start(self, port: int) -> subprocess.Popen[bytes]:
+        if not self._settings.python.is_file():
+            raise Unavailable(
+                f"vLLM is not at {self._settings.python}", remedy="install it with `flash engine install vllm`"
+            )
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with self._log_path.open("ab") as log:
                 return subprocess.Popen(
-                    self._settings.command(port),
-                    stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                    [sys.executable, "-P", "-c", _WATCH, *self._settings.command(port)],
+                    stdin=subprocess.PIPE, stdout=log, stderr=log,
                     env=self._settings.environment(self._key),
                     start_new_session=True,  # it has children: they are ended together
                 )  # fmt: skip
         except OSError as error:
-            raise Unavailable(
-                f"vLLM can't be started: {error.strerror}", remedy="install it with `flash engine install vllm`"
-            ) from error
+            raise Unavailable(f"vLLM can't be started: {error.strerror}") from error
 
     def _wait_until_it_serves(self) -> None:
         until = time.monotonic() + self._settings.start_s

@@ -53,6 +53,7 @@ class EngineHello(Record):
     max_adapters: int = Field(ge=1)             # adapters in one batch, their weights beside the base's
     max_loaded_adapters: int = Field(default=64, ge=1)  # adapters in memory, ready to join one
     adapter_disk_bytes: int = Field(default=16 << 30, ge=0)  # of adapters' files below `cache_dir`
+    vllm_python: str | None = None  # the interpreter of vLLM's own virtual environment; None: the built-in engine
     threads: int = Field(default=0, ge=0)       # of torch on a CPU; 0 leaves it to torch
     unread_tokens: int = Field(default=16_384, ge=1)  # of one answer, for a slow reader, before it is cancelled
     stalled_s: float = Field(default=60.0, gt=0)      # a reader that takes nothing for so long is dropped

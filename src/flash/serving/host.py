@@ -10,6 +10,7 @@ Exit status: 0 drained (asked to, or idle) · 1 the base can't be loaded · 2 th
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import os
 import signal
@@ -71,22 +72,56 @@ async def run(hello: EngineHello, load: Load) -> int:
         link.end("failed", failed)
         return FAILED
     await _serve(hello, served, engine, link, draining)
+    await loop.run_in_executor(None, engine.close)
     link.end("leaving")
     return DRAINED
 
 
 def load(hello: EngineHello) -> tuple[Served, ServingEngine]:
     """The base on its device, and the engine over it."""
+    return _load_built_in(hello) if hello.vllm_python is None else _load_vllm(hello, hello.vllm_python)
+
+
+def _load_vllm(hello: EngineHello, python: str) -> tuple[Served, ServingEngine]:
+    from flash.inference.loading import describe
+    from flash.inference.vllm_engine import VllmEngine, VllmSettings
+
+    about = describe(hello.source, name=hello.model, revision=hello.revision)
+    settings = VllmSettings(
+        python=Path(python),
+        model=about.folder,
+        dtype="float32" if hello.device == "cpu" else "bfloat16",
+        context_length=about.context_length,
+        vocabulary=about.vocabulary,
+        max_rows=hello.max_rows,
+        max_waiting=hello.max_waiting,
+        max_adapters=hello.max_adapters,
+        cache_bytes=hello.cache_bytes,
+    )
+    engine = VllmEngine(settings, work_dir=Path(hello.work_dir))
+    served = Served(
+        model=hello.model,
+        revision=about.revision,
+        tokenizer=about.tokenizer,
+        stop_ids=about.stop_ids,
+        context_length=about.context_length,
+        vocabulary_size=about.vocabulary,
+    )
+    return served, engine
+
+
+def _load_built_in(hello: EngineHello) -> tuple[Served, ServingEngine]:
     import torch  # seconds; the first heartbeat doesn't wait for it
 
     from flash.inference.continuous import ContinuousEngine
+    from flash.inference.lanes import share_cpus
     from flash.inference.loading import load_checked
 
-    if hello.threads:
-        torch.set_num_threads(hello.threads)
     base, fallback = load_checked(hello.source, name=hello.model, revision=hello.revision, device=hello.device)
     if fallback is not None:
         log.warning(fallback)
+    # a small model's products are too short to share among cores, and the loop of this process wants one too
+    base = dataclasses.replace(base, lanes=share_cpus(base.model, hello.threads or torch.get_num_threads()))
     engine = ContinuousEngine(
         base,
         max_rows=hello.max_rows,
