@@ -12,7 +12,7 @@ from flash.errors import InvalidInput
 
 app = typer.Typer(
     add_completion=False, rich_markup_mode=None, no_args_is_help=True,
-    help="Install and list inference engines beside the built-in one.",
+    help="Install and list inference engines.",
 )  # fmt: skip
 ENGINES = ("vllm",)
 
