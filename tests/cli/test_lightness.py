@@ -8,7 +8,10 @@ import sys
 
 import pytest
 
-HEAVY = {"torch", "transformers", "ray", "fastapi", "sqlalchemy", "alembic", "uvicorn", "obstore", "freesolo"}
+HEAVY = {
+    "torch", "transformers", "ray", "fastapi", "sqlalchemy", "alembic", "uvicorn", "obstore", "freesolo",
+    "huggingface_hub",
+}  # fmt: skip
 HTTP = {"httpx", "psutil"}
 PRINT_MODULES = "import json, sys; print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
 
@@ -39,7 +42,10 @@ def test_a_dry_run_imports_neither_http_nor_terminal(config):
 
 @pytest.mark.parametrize(
     "module",
-    ["train", "runs", "export", "models", "server", "account", "configuration", "environments", "render"],
-)
+    [
+        "train", "runs", "deploy", "chat", "export", "models", "server", "account", "configuration", "environments",
+        "render",
+    ],
+)  # fmt: skip
 def test_no_command_module_imports_anything_heavy(module):
     assert not imported(f"import flash.cli.{module}\n" + PRINT_MODULES) & HEAVY

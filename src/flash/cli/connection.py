@@ -43,3 +43,14 @@ def is_remote() -> bool:
     from flash.client import settings
 
     return settings.load().api_url is not None
+
+
+def openai_access(client: FlashClient) -> dict[str, str | None]:
+    """How any OpenAI client reaches this server: its base URL, and a file that holds the key and nothing else.
+
+    A team server's key is the caller's own (FREESOLO_API_KEY): there is no such file.
+    """
+    from flash.client import settings
+
+    found = settings.load()
+    return {"base_url": f"{client.base_url}/v1", "token_file": None if found.api_url else str(found.home / "token")}

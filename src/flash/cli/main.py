@@ -27,7 +27,7 @@ class Entry:
     is_group: bool = False  # the module's whole app, rather than one command of it
 
 
-TRAINING, ENVIRONMENTS, SERVICE = "Train", "Environments and models", "Service"
+TRAINING, SERVING, ENVIRONMENTS, SERVICE = "Train", "Serve", "Environments and models", "Service"
 
 COMMANDS = {
     "train": Entry("flash.cli.train", "Train an adapter from a config.", TRAINING),
@@ -39,10 +39,16 @@ COMMANDS = {
     "retry": Entry("flash.cli.retry", "Go on from where a failed or cancelled run stopped.", TRAINING),
     "checkpoints": Entry("flash.cli.runs", "List a run's checkpoints.", TRAINING),
     "export": Entry("flash.cli.export", "Copy an adapter out of the server.", TRAINING),
+    "deploy": Entry("flash.cli.deploy", "Serve an adapter behind an OpenAI-compatible API.", SERVING),
+    "chat": Entry("flash.cli.chat", "Ask a deployed run.", SERVING),
+    "deployments": Entry("flash.cli.deploy", "List what is deployed.", SERVING),
+    "undeploy": Entry("flash.cli.deploy", "Take a run's name back; its adapters stay.", SERVING),
+    "engine": Entry("flash.cli.engine", "Install and list inference engines.", SERVING, True),
     "env": Entry("flash.cli.environments", "Write, check and publish environments.", ENVIRONMENTS, True),
     "models": Entry("flash.cli.models", "List the base models.", ENVIRONMENTS),
     "gpus": Entry("flash.cli.hardware", "List hardware with memory and price.", ENVIRONMENTS),
     "config": Entry("flash.cli.configuration", "Describe the training config.", ENVIRONMENTS, True),
+    "dashboard": Entry("flash.cli.dashboard", "Open the dashboard in a browser.", SERVICE),
     "server": Entry("flash.cli.server", "Start, stop and inspect the local server.", SERVICE, True),
     "login": Entry("flash.cli.account", "Save a team server's address and your key.", SERVICE),
     "whoami": Entry("flash.cli.account", "Show the server and who you are to it.", SERVICE),

@@ -20,7 +20,7 @@ from flash.catalog.catalog import ModelEntry
 from flash.catalog.fit import gigabytes
 from flash.cli.progress import Progress, duration, evaluation_text, headline, step_text
 from flash.errors import from_wire
-from flash.records import Checkpoint, EnvironmentVersion, Phase, RunState, RunStatus, RunSummary
+from flash.records import Checkpoint, Deployment, EnvironmentVersion, Phase, RunState, RunStatus, RunSummary
 
 STATE_STYLES = {"done": "green", "failed": "red", "cancelled": "yellow", "running": "cyan"}
 SHOWN_WARNINGS = 3
@@ -102,6 +102,21 @@ def print_checkpoints(checkpoints: Sequence[Checkpoint]) -> None:
         marks = [word for word, holds in (("final", each.final), ("optimizer state kept", each.has_state)) if holds]
         table.add_row(str(each.step), each.ref, age(now - each.created_at), f"[dim]{', '.join(marks)}[/dim]")
     _print_table(console, table)
+
+
+def print_deployments(deployments: Sequence[Deployment], base_url: str) -> None:
+    console = _console()
+    if not deployments:
+        console.print("Nothing is deployed. Deploy a run: flash deploy RUN_ID")
+        return
+    table = _table("model", "live", "base", "engine", "since")
+    now = time.time()
+    for each in deployments:
+        engine = each.engine
+        where = f"{engine.state}{f' on {engine.device}' if engine.device else ''}" if engine else "idle"
+        table.add_row(each.run_id, f"step {each.step}", escape(each.model), where, f"{age(now - each.deployed_at)} ago")
+    _print_table(console, table)
+    console.print(f"[dim]base_url {escape(base_url)}[/dim]", soft_wrap=True)
 
 
 def print_models(entries: Sequence[ModelEntry]) -> None:
@@ -249,6 +264,8 @@ def _facts(run: RunStatus) -> list[tuple[str, str]]:
         facts.append(("checkpoint", f"{run.checkpoints[-1]}{more}"))
     if run.adapter_ref:
         facts.append(("adapter", run.adapter_ref))
+    if run.deployment:
+        facts.append(("deployed", run.deployment))
     facts.append(("took" if run.finished_at else "age", duration((run.finished_at or time.time()) - run.created_at)))
     if run.managed.estimated_s is not None and run.finished_at:
         price = "" if not run.cost_usd else f", ${run.cost_usd:.2f} of ${run.estimated_cost_usd or 0:.2f}"

@@ -11,6 +11,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -22,6 +23,9 @@ from flash import errors
 from flash.errors import FlashError, InternalError, Unavailable
 from flash.records import (
     Checkpoint,
+    DeployAnswer,
+    Deployment,
+    DeployRequest,
     EnvironmentVersion,
     Event,
     EventKind,
@@ -38,6 +42,8 @@ RETRY_DELAYS_S = (0.1, 0.4, 1.0)
 RETRIED_STATUSES = frozenset({502, 503, 504})
 CONNECT_TIMEOUT_S = 10.0
 ANSWER_TIMEOUT_S = 60.0
+DEPLOY_TIMEOUT_S = 600.0  # a smoke completion may have to fetch its adapter first
+CHAT_SILENCE_S = 900.0  # an engine may have to start, and a queue to pass
 STREAM_SILENCE_S = 45.0  # the server pings an idle stream every 15 s
 EVENT_PAGE = 1000
 TERMINAL = frozenset(state.value for state in RunState if state.terminal)
@@ -50,6 +56,14 @@ class Identity:
     org: str
     role: str
     server: str
+
+
+@dataclass(frozen=True)
+class ChatStream:
+    """A chat completion as it comes: OpenAI's chunks, and the step that answers (None: a bare base)."""
+
+    checkpoint: str | None
+    chunks: Iterator[dict[str, Any]]
 
 
 class FlashClient:
@@ -104,6 +118,12 @@ class FlashClient:
     def hardware(self) -> list[dict[str, Any]]:
         """What runs can be placed on: `{device, name, kind, memory_bytes, usd_per_hour}` for each device."""
         return list(self._json("GET", "/api/hardware")["devices"])
+
+    def dashboard_link(self, run_id: str | None = None) -> str:
+        """An address that lets one browser in with this client's key: once, for about two minutes."""
+        code = str(self._json("POST", "/api/dashboard/links")["code"])
+        page = f"/runs/{_part(run_id)}" if run_id else ""
+        return f"{self.base_url}/dashboard{page}#code={code}"
 
     def stop_server(self) -> None:
         self._send("POST", "/api/server/stop", safe=False)
@@ -242,6 +262,49 @@ class FlashClient:
         except httpx.TransportError as error:
             raise self._unreachable(error) from error
 
+    # --- deployments --------------------------------------------------------------------------------
+
+    def deploy(self, request: DeployRequest) -> DeployAnswer:
+        """One step towards a deployment: `waiting` means that the same call goes on from there."""
+        body = request.model_dump(mode="json")
+        timeout = httpx.Timeout(DEPLOY_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
+        return self._record(DeployAnswer, "POST", "/api/deployments", json=body, timeout=timeout, safe=True)
+
+    def deployments(self) -> list[Deployment]:
+        """What is live, newest first."""
+        return self._records(Deployment, "deployments", "GET", "/api/deployments")
+
+    def undeploy(self, run_id: str) -> Deployment:
+        """Takes the run's name back; what it answered with until now."""
+        return self._record(Deployment, "DELETE", f"/api/deployments/{_part(run_id)}", safe=False)
+
+    @contextmanager
+    def chat(self, request: Mapping[str, Any]) -> Iterator[ChatStream]:
+        """A streamed chat completion (OpenAI's request). Leaving the block early cancels it on the server."""
+        body = {**request, "stream": True, "stream_options": {"include_usage": True}}
+        timeout = httpx.Timeout(CHAT_SILENCE_S, connect=CONNECT_TIMEOUT_S)
+        try:
+            with self._http.stream("POST", "/v1/chat/completions", json=body, timeout=timeout) as answer:
+                if answer.status_code != httpx.codes.OK:
+                    answer.read()
+                    raise self._error(answer)
+                yield ChatStream(answer.headers.get("X-Freesolo-Checkpoint"), self._chunks(answer))
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
+
+    def _chunks(self, answer: httpx.Response) -> Iterator[dict[str, Any]]:
+        for line in answer.iter_lines():
+            if not line.startswith("data:"):
+                continue
+            data = line.removeprefix("data:").strip()
+            if data == "[DONE]":
+                return
+            chunk = json.loads(data)
+            if "error" in chunk:
+                raise errors.from_wire(chunk["error"])
+            yield chunk
+        raise Unavailable("the answer broke off", remedy="ask again")
+
     # --- environments -------------------------------------------------------------------------------
 
     def push_environment(self, namespace: str, name: str, archive: bytes) -> EnvironmentVersion:
@@ -309,8 +372,11 @@ class FlashClient:
 
     def _error(self, answer: httpx.Response) -> FlashError:
         try:
-            described = answer.json()["error"]
-            return errors.from_wire(described)
+            found = errors.from_wire(answer.json()["error"])
+            pause = answer.headers.get("Retry-After", "")
+            if pause.isdigit():
+                found.retry_after_s = float(pause)
+            return found
         except (ValueError, KeyError, TypeError, AttributeError):
             asked = f"{answer.request.method} {answer.request.url.path}"
             what = f"{self.base_url} answered {answer.status_code} to {asked}"
