@@ -337,21 +337,26 @@ def test_stop_sequences_and_limits(layout: str) -> None:
     assert cut[1].finish_reason == "stop"
 
 
-def test_layouts_that_take_turns_serve_every_adapter_in_order_of_arrival(tmp_path: Path) -> None:
+def test_layouts_that_take_turns_let_no_one_wait_for_a_long_answer(tmp_path: Path) -> None:
     base = tiny("qwen3.5", stop_ids=())
     with engine_of(base) as engine:
-        names = loaded(base, tmp_path, [engine], count=2)
+        names = loaded(base, tmp_path, [engine], count=4)
         news: SimpleQueue[Any] = SimpleQueue()
-        engine.submit(Request((1, 2), Sampling(60)), lambda piece: news.put(("first", piece)))
+
+        def submit(name: str | None, label: str, tokens: int) -> None:
+            request = Request(prompts(9)[0], Sampling(tokens), n=2, adapter=name)
+            engine.submit(request, lambda piece: news.put((label, piece)))
+
+        submit(None, "long", 200)
         news.get(timeout=PATIENCE)
-        for name in (names[1], names[2], names[1], names[2]):
-            engine.submit(
-                Request(prompts(9)[0], Sampling(3), n=2, adapter=name), lambda piece, name=name: news.put((name, piece))
-            )
-        told = [news.get(timeout=PATIENCE) for _ in range(60 + 4 * (1 + 6))]
-    whose = [name for name, _ in told]
-    # the first alone, then both of one adapter together, then both of the other
-    assert whose == ["first"] * 60 + [names[1]] * 14 + [names[2]] * 14
+        for i in range(12):  # three rounds of all adapters
+            submit(names[1 + i % 4], f"short {i}", 3)
+        ended: list[str] = []
+        while len(ended) < 2 * 13:
+            label, piece = news.get(timeout=PATIENCE)
+            if isinstance(piece, Sampled) and piece.finish_reason:
+                ended.append(label)
+        assert set(ended[-2:]) == {"long"}
 
 
 def test_more_adapters_than_the_device_holds(tmp_path: Path) -> None:

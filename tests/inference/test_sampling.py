@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flash.inference.engine import Sampling
-from flash.inference.sampling import Knobs, StopMatcher, choose, stream_key, uniforms
+from flash.inference.sampling import Draws, Knobs, StopMatcher, choose, likeliest, score, stream_key, uniforms
 
 CPU = torch.device("cpu")
 
@@ -90,3 +90,36 @@ def test_a_stop_is_found_at_the_token_that_completes_it_and_no_earlier(text: str
 def test_stops_may_begin_and_end_inside_tokens(pieces: list[str], stop: str, at: int) -> None:
     matcher = StopMatcher(["never", stop], lambda tokens: "".join(pieces[token] for token in tokens))
     assert [matcher.completed(list(range(i + 1))) for i in range(at + 1)] == [False] * at + [True]
+
+
+@given(st.integers(0, 2**32), st.sampled_from([0.0, 0.5, 1.0, 2.0]), st.sampled_from([1.0, 0.6]))
+def test_banned_tokens_are_never_drawn_and_change_no_logprob(seed: int, temperature: float, top_p: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(6, 20, generator=generator)
+    banned = torch.rand(6, 20, generator=generator) < 0.8
+    banned[:, 3] = False
+    rows = [(Sampling(1, temperature=temperature, top_p=top_p, seed=seed), seed + i, i) for i in range(6)]
+    tokens, logprobs = Draws(rows, CPU).next(logits, banned)
+    assert not banned.gather(1, tokens[:, None]).any()
+    assert torch.equal(logprobs, logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0])
+    alone, _ = Draws(rows, CPU).next(logits.masked_fill(banned, float("-inf")))
+    assert torch.equal(tokens, alone)
+
+
+def test_draws_go_on_where_a_row_stands() -> None:
+    logits = torch.zeros(1, 50)
+    whole = Draws([(Sampling(9), 7, 0)], CPU)
+    drawn = [whole.next(logits)[0].item() for _ in range(6)]
+    later = Draws([(Sampling(9), 7, 4)], CPU)
+    assert [later.next(logits)[0].item() for _ in range(2)] == drawn[4:]
+
+
+def test_scores_name_the_likeliest_beside_each_token() -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, 1.0]])
+    logprobs = logits.log_softmax(-1)
+    first, second = score(logits, [0, 0], 2)
+    assert (first.token, first.logprob) == (0, logprobs[0, 0].item())
+    assert first.top == ((1, logprobs[0, 1].item()), (2, logprobs[0, 2].item()))
+    assert [token for token, _ in second.top] == [0, 2]
+    assert score(logits[:0], [], 2) == [] and score(logits, [1, 1], 0)[1].top == ()
+    assert len(likeliest(logits, 20)[0]) == 3

@@ -1,10 +1,11 @@
 """Many adapters' weights on the device at once, and their updates for the rows of one mixed batch.
 
 Owns where each adapter's matrices lie and how a row meets its own: nothing is merged into the base, and no
-weights are copied for a batch. Adapters of about one rank share tables with a slot each. A decoded row reads
-its slot in place, as a weighted sum of table rows (`embedding_bag` with the activations as weights): on a CPU
-32 rows of 32 adapters cost little more than 32 rows of one, since no product is padded and nothing is gathered.
-Long runs of tokens (prompts) use plain products. Knows no requests and no key-value cache.
+weights are copied for a batch. Adapters of about one rank share tables with a slot each. On a CPU a decoded row
+reads its slot in place, as a weighted sum of table rows (`embedding_bag` with the activations as weights): faster
+than any batched product there, since nothing is padded or gathered. On a GPU, which has bandwidth to spare, each
+site's matrices are gathered for one batched product. Long runs of tokens (prompts) use plain products. Knows no
+requests and no key-value cache.
 """
 
 from __future__ import annotations
@@ -53,7 +54,17 @@ class Home:
 class AdapterBank:
     """At most `most` adapters on the device, the least recently used leaving first, never a pinned one."""
 
-    def __init__(self, sites: Sequence[Site], *, device: torch.device, dtype: torch.dtype, most: int) -> None:
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        most: int,
+        sums: bool | None = None,
+    ) -> None:
+        """`sums`: rows read their slots in place; None: on a CPU they do."""
+        self.sums = device.type == "cpu" if sums is None else sums
         self._sites = list(sites)
         self._device = device
         self._dtype = dtype
@@ -182,11 +193,12 @@ class Mix:
     """The rows of a batch, a token each, under any adapters: one part for each shelf that they use."""
 
     def __init__(self, bank: AdapterBank, homes: Sequence[Home | None]) -> None:
-        self._parts: list[_MixPart] = []
+        kind = _SummedPart if bank.sums else _GatheredPart
+        self._parts: list[_SummedPart | _GatheredPart] = []
         for rank in sorted({home.rank for home in homes if home is not None}):
             rows = [row for row, home in enumerate(homes) if home is not None and home.rank == rank]
             slots = [home.slot for home in homes if home is not None and home.rank == rank]
-            self._parts.append(_MixPart(bank.shelf(rank), slots, None if len(rows) == len(homes) else rows))
+            self._parts.append(kind(bank.shelf(rank), slots, None if len(rows) == len(homes) else rows))
 
     def add(self, out_B_O: Tensor, x_B_I: Tensor, site: int) -> None:
         """Adds to `out`, in place, each row's update for its `x`."""
@@ -194,46 +206,62 @@ class Mix:
             part.add(out_B_O, x_B_I, site)
 
 
-_Bags = dict[tuple[int, int], tuple[Tensor, Tensor]]  # by size and bags a row: index and offsets
-
-
 class _MixPart:
-    """Rows (None: all) whose adapters lie on one shelf. Indices into its tables are made once a batch."""
+    """Rows (None: all) whose adapters lie on one shelf."""
 
     def __init__(self, shelf: Shelf, slots: list[int], rows: list[int] | None) -> None:
         device = shelf.downs[0].device
         self._shelf = shelf
-        self._slots = torch.tensor(slots, device=device)
-        self._rows = None if rows is None else torch.tensor(rows, device=device)
-        self._downs: _Bags = {}
-        self._ups: _Bags = {}
+        self._slots_N = torch.tensor(slots, device=device)
+        self._rows_N = None if rows is None else torch.tensor(rows, device=device)
 
     def add(self, out_B_O: Tensor, x_B_I: Tensor, site: int) -> None:
-        shelf = self._shelf
-        down, up = shelf.downs[site], shelf.ups[site]
-        x_N_I = x_B_I if self._rows is None else x_B_I[self._rows]
-        index, offsets = self._bags(self._downs, down.shape[1], 1)
-        low_N_GR = _weighted_sums(down.view(-1, down.shape[2]), index, offsets, x_N_I)
-        pieces = up.shape[1]
-        if pieces > len(shelf.sites[site].widths):  # else the layers are the pieces
-            low_N_GR = low_N_GR.view(-1, len(shelf.sites[site].widths), shelf.rank)[:, shelf.layer_of_piece[site]]
-        index, offsets = self._bags(self._ups, shelf.rank, pieces)
-        delta_N_O = _weighted_sums(up.view(-1, up.shape[3]), index, offsets, low_N_GR).view(len(x_N_I), -1)
-        if self._rows is None:
-            out_B_O.add_(delta_N_O)
+        if self._rows_N is None:
+            out_B_O.add_(self._updates(x_B_I, site))
         else:
-            out_B_O.index_add_(0, self._rows, delta_N_O)
+            out_B_O.index_add_(0, self._rows_N, self._updates(x_B_I[self._rows_N], site))
 
-    def _bags(self, known: _Bags, size: int, count: int) -> tuple[Tensor, Tensor]:
-        """Table rows of `count` bags of `size` for each batch row, and where each bag begins."""
-        if (size, count) not in known:
-            steps = torch.arange(size * count, device=self._slots.device)
-            index = (self._slots[:, None] * (size * count) + steps).view(-1).int()
-            offsets = torch.arange(len(self._slots) * count, device=index.device, dtype=torch.int32) * size
-            known[size, count] = index, offsets
-        return known[size, count]
+    def _updates(self, x_N_I: Tensor, site: int) -> Tensor:
+        """(rows, out): each row's update."""
+        raise NotImplementedError
+
+    def _spread(self, low_N_GR: Tensor, site: int) -> Tensor:
+        """[N, layers * R], what comes out of the first factors, for each piece of the output: [N, pieces, R]."""
+        shelf = self._shelf
+        low_N_G_R = low_N_GR.view(len(low_N_GR), -1, shelf.rank)
+        layer_of_piece = shelf.layer_of_piece[site]
+        return low_N_G_R if len(layer_of_piece) == low_N_G_R.shape[1] else low_N_G_R[:, layer_of_piece]
 
 
-def _weighted_sums(table: Tensor, index: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
-    """For each bag, the sum of its table rows, weighted."""
-    return torch.embedding_bag(table, index, offsets, False, 0, False, weights.reshape(-1))[0]
+class _GatheredPart(_MixPart):
+    def _updates(self, x_N_I: Tensor, site: int) -> Tensor:
+        down, up = self._shelf.downs[site], self._shelf.ups[site]
+        low_N_GR = torch.bmm(x_N_I[:, None], down[self._slots_N])[:, 0]
+        low_N_C_R = self._spread(low_N_GR, site)
+        pieces = torch.bmm(low_N_C_R.reshape(-1, 1, up.shape[2]), up[self._slots_N].flatten(0, 1))
+        return pieces.view(len(x_N_I), -1)
+
+
+class _SummedPart(_MixPart):
+    """Indices into the tables are made once a batch."""
+
+    def __init__(self, shelf: Shelf, slots: list[int], rows: list[int] | None) -> None:
+        super().__init__(shelf, slots, rows)
+        self._known: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def _updates(self, x_N_I: Tensor, site: int) -> Tensor:
+        down, up = self._shelf.downs[site], self._shelf.ups[site]
+        low_N_GR = self._sums(down.view(-1, down.shape[2]), x_N_I, down.shape[1], 1)
+        low_N_C_R = self._spread(low_N_GR, site)
+        pieces = self._sums(up.view(-1, up.shape[3]), low_N_C_R, up.shape[2], up.shape[1])
+        return pieces.view(len(x_N_I), -1)
+
+    def _sums(self, table: Tensor, weights: Tensor, size: int, count: int) -> Tensor:
+        """For each of a row's `count` bags, the sum of `size` rows of its slot in the table, weighted."""
+        if (size, count) not in self._known:
+            steps = torch.arange(size * count, device=table.device)
+            index = (self._slots_N[:, None] * (size * count) + steps).view(-1).int()
+            offsets = torch.arange(0, len(index), size, device=table.device, dtype=torch.int32)
+            self._known[size, count] = index, offsets
+        index, offsets = self._known[size, count]
+        return torch.embedding_bag(table, index, offsets, False, 0, False, weights.reshape(-1))[0]

@@ -76,7 +76,7 @@ class _Row:
 
 class ContinuousEngine:
     """A `ServingEngine` on a transformers model. Layouts that `MixedDecoder` knows mix adapters within a batch;
-    others take turns (see `TurnBatch`)."""
+    others decode each adapter's rows by themselves (see `TurnBatch`)."""
 
     def __init__(
         self,
@@ -105,6 +105,7 @@ class ContinuousEngine:
         self._stop_matchers: dict[tuple[str, ...], StopMatcher] = {}
         base.model.eval()
         mixed = build_mixed_decoder(base.model, max_adapters=max_device_adapters)
+        self._adapters_lie_on = None if mixed is None else torch.device("cpu")  # the bank takes them to the device
         self._batch: Batch = (
             TurnBatch(base, self._limits) if mixed is None else MixedBatch(mixed, self._limits, prefix_bytes)
         )
@@ -132,7 +133,7 @@ class ContinuousEngine:
         Raises ModelError for files that are missing, broken or for another base.
         """
         key = f"{name}#{next(self._serials)}"
-        loaded = Loaded(name, key, self._base.adapters.load(key, folder))
+        loaded = Loaded(name, key, self._base.adapters.load(key, folder, device=self._adapters_lie_on))
         with self._changed:
             if name in self._adapters:
                 self._retired.append(self._adapters.pop(name))
@@ -335,12 +336,7 @@ class ContinuousEngine:
         """Takes out finished rows and jobs that are over, and adapters that nobody needs any more."""
         gone = [i for i, row in enumerate(self._rows) if row.finished or row.job.over]
         if gone:
-            order = list(range(len(self._rows)))
-            for i in reversed(gone):  # holes are filled from the end: as little as possible moves
-                last = order.pop()
-                if i < len(order):
-                    order[i] = last
-            self._batch.keep(order, [(i, self._transcript(i)) for i in gone if self._rows[i].finished])
+            order = self._batch.drop(gone, {i: self._transcript(i) for i in gone if self._rows[i].finished})
             self._rows = [self._rows[i] for i in order]
             self._last_tokens = self._last_tokens[order]
             self._draws = None

@@ -321,11 +321,18 @@ class Adapters:
         return self._put(name, Adapter(shape, pairs))
 
     def load(
-        self, name: str, folder: Path, *, trainable: bool = False, alpha: float | None = None
+        self,
+        name: str,
+        folder: Path,
+        *,
+        trainable: bool = False,
+        alpha: float | None = None,
+        device: torch.device | None = None,
     ) -> Adapter:
         """Loads a PEFT adapter folder under `name`, in place of an adapter of that name.
 
-        `alpha` replaces the folder's own, and with it the scale of the update.
+        `alpha` replaces the folder's own, and with it the scale of the update. On another `device` than the model's
+        an adapter can be kept, but not worn.
 
         Raises ModelError when the files are missing, broken, of an unsupported kind, or for another base.
         """
@@ -347,7 +354,7 @@ class Adapters:
                 )
             # copied into aligned memory: matrix products of a mapped file's tensors differ in the last bits
             A, B = A.to(torch.float32, copy=True), B.to(torch.float32, copy=True)
-            pairs[path] = _pair(layer, A, B, shape.scaling, trainable=trainable)
+            pairs[path] = _pair(layer, A, B, shape.scaling, trainable=trainable, device=device)
         if tensors or not pairs:
             stray = next(iter(tensors), "no weights at all")
             raise ModelError(
@@ -399,11 +406,19 @@ def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, module)
 
 
-def _pair(layer: LoraLinear | ExpertStack, A: Tensor, B: Tensor, scaling: float, *, trainable: bool) -> LoraPair:
-    """The factors, in a file's shapes, on the layer's device and in its own form."""
+def _pair(
+    layer: LoraLinear | ExpertStack,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    *,
+    trainable: bool,
+    device: torch.device | None = None,
+) -> LoraPair:
+    """The factors, given in a file's shapes, in the layer's own form and on its device, if no other is wanted."""
     if isinstance(layer, ExpertStack):
         A, B = _from_stored(A, B, layer.experts)
-    device = layer.weight.device
+    device = device or layer.weight.device
     return LoraPair(nn.Parameter(A.to(device), trainable), nn.Parameter(B.to(device), trainable), scaling)
 
 

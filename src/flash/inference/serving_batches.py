@@ -1,15 +1,18 @@
 """What goes through the model while it serves: prompts on their way in, and rows that decode.
 
 Two batches with one face. `MixedBatch` lets rows of any adapters join and leave at any step, takes prompts in
-by chunks and keeps their prefixes. `TurnBatch` serves every other layout (recurrent states can't be cut at a
-token): requests of one adapter go through together, the others wait for their turn; it keeps no prefixes.
-Neither samples nor knows who asked.
+by chunks and keeps their prefixes. `TurnBatch` serves every other layout through the model's own forward:
+requests of one adapter that wait together go through together, a few such groups take turns at every step, and
+the others wait; it keeps no prefixes, since a recurrent state can't be cut at a token. Neither samples nor knows
+who asked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -24,7 +27,8 @@ from flash.inference.mixed_decoder import Chunk, MixedDecoder, Opening
 from flash.inference.prefix_cache import BLOCK, Owner, PrefixCache
 from flash.inference.sampling import score
 
-_TURN_TOKENS = 8192  # padded prompt tokens of one turn; bounds its activations
+_GROUPS = 4  # that take turns: more would decode in smaller batches, fewer would make newcomers wait longer
+_GROUP_TOKENS = 8192  # padded prompt tokens of a group; bounds its activations
 _SCORED_AT_ONCE = 256  # prompt tokens whose logits are held at once
 
 
@@ -102,9 +106,9 @@ class Batch(Protocol):
     def prefill(self) -> list[Ready]:
         """Takes prompts in, up to a limit; those that are whole now become rows."""
 
-    def keep(self, order: Sequence[int], finished: Sequence[tuple[int, Sequence[int]]] = ()) -> None:
-        """Row i becomes what row `order[i]` was; the others go. `finished`: (row, its whole transcript) of those
-        that came to their end."""
+    def drop(self, gone: Sequence[int], finished: Mapping[int, Sequence[int]]) -> list[int]:
+        """Takes rows out (ascending). `finished`: the whole transcripts of those that came to their end. The rows
+        that are left, in their new order: row i is now what row `order[i]` was."""
 
     def leave(self, job: Job) -> None:
         """The job is over: whatever else was held for it goes."""
@@ -207,12 +211,18 @@ class MixedBatch:
         self._owners.extend([job.owner] * job.rows)
         return Ready(job, intake.cached, scores, logits_1_V.expand(job.rows, -1))
 
-    def keep(self, order: Sequence[int], finished: Sequence[tuple[int, Sequence[int]]] = ()) -> None:
-        for row, transcript in finished:
+    def drop(self, gone: Sequence[int], finished: Mapping[int, Sequence[int]]) -> list[int]:
+        for row, transcript in finished.items():
             # the newest token has no keys and values yet
-            self._prefixes.store(self._owners[row], transcript[:-1], _RowReader(self._decoder, row))
+            self._prefixes.store(self._owners[row], transcript[:-1], partial(self._decoder.read, row))
+        order = list(range(self.rows))
+        for row in reversed(gone):  # holes are filled from the end: as little as possible moves
+            last = order.pop()
+            if row < len(order):
+                order[row] = last
         self._decoder.keep(order)
         self._owners = [self._owners[old] for old in order]
+        return order
 
     def leave(self, job: Job) -> None:
         home = self._homes.pop(job)
@@ -240,62 +250,73 @@ class MixedBatch:
         }
 
 
-@dataclass(frozen=True)
-class _RowReader:
-    decoder: MixedDecoder
-    row: int
+@dataclass(eq=False)
+class _Group:
+    """Requests of one adapter that came together, with a cache of their own."""
 
-    def __call__(self, start: int, stop: int) -> Tensor:
-        return self.decoder.read(self.row, start, stop)
+    decoder: CacheDecoder
+    jobs: list[Job]
+    begun: bool = False  # their prompts are in
+
+    @property
+    def key(self) -> str:
+        return self.jobs[0].key
 
 
 class TurnBatch:
+    """Rows lie group after group, in the groups' order."""
+
     def __init__(self, base: BaseModel, limits: Limits) -> None:
         self._base = base
-        self._decoder = CacheDecoder(base.model)
         self._limits = limits
-        self._jobs: list[Job] = []  # of this turn
-        self._pending: list[Job] = []  # those whose prompts are not in yet
+        self._groups: list[_Group] = []
 
     @property
     def rows(self) -> int:
-        return self._decoder.rows
+        return sum(group.decoder.rows for group in self._groups)
 
     def choose(self, waiting: Sequence[Job]) -> list[Job]:
         chosen: list[Job] = []
-        for job in waiting if not self._jobs else ():
-            if job.key != waiting[0].key:  # whoever waits longest decides whose turn it is
+        inside = [job for group in self._groups for job in group.jobs]
+        for job in waiting if len(self._groups) < _GROUPS else ():
+            if job.key != waiting[0].key:  # whoever waits longest decides which adapter comes next
                 continue
             padded = (len(chosen) + 1) * max(len(each.request.prompt) for each in (*chosen, job))
-            if chosen and (padded > _TURN_TOKENS or not self._limits.fit([*chosen, job])):
+            if (chosen and padded > _GROUP_TOKENS) or not self._limits.fit([*inside, *chosen, job]):
                 break
             chosen.append(job)
         return chosen
 
     def start(self, jobs: Sequence[Job]) -> None:
-        self._jobs.extend(jobs)
-        self._pending.extend(jobs)
+        if jobs:
+            self._groups.append(_Group(CacheDecoder(self._base.model), list(jobs)))
 
     def step(self, tokens_B: Tensor) -> Tensor:
-        with self._base.adapters.active(self._jobs[0].key or None):
-            return self._decoder.step(tokens_B)
+        logits: list[Tensor] = []
+        first = 0
+        for group in self._groups:
+            if rows := group.decoder.rows:
+                with self._wearing(group):
+                    logits.append(group.decoder.step(tokens_B[first : first + rows]))
+                first += rows
+        return torch.cat(logits)
 
     def prefill(self) -> list[Ready]:
-        jobs, self._pending = self._pending, []
-        if not jobs:
-            return []
-        with self._base.adapters.active(jobs[0].key or None):
-            scores = [self._scores(job.request) if job.request.prompt_logprobs else None for job in jobs]
-            decoding = [job for job in jobs if job.rows]
+        return [ready for group in self._groups if not group.begun for ready in self._begin(group)]
+
+    def _begin(self, group: _Group) -> list[Ready]:
+        group.begun = True
+        ready: list[Ready] = []
+        with self._wearing(group):
+            decoding = [job for job in group.jobs if job.rows]
             if decoding:
                 prompts = [job.request.prompt for job in decoding]
-                logits_B_V = self._decoder.admit(prompts, [job.rows for job in decoding])
-        ready: list[Ready] = []
-        first = 0
-        for job, scored in zip(jobs, scores, strict=True):
-            own = logits_B_V[first : first + job.rows] if job.rows else None
-            ready.append(Ready(job, 0, scored, own))
-            first += job.rows
+                logits_B_V = group.decoder.admit(prompts, [job.rows for job in decoding])
+            first = 0
+            for job in group.jobs:
+                scores = self._scores(job.request) if job.request.prompt_logprobs else None
+                ready.append(Ready(job, 0, scores, logits_B_V[first : first + job.rows] if job.rows else None))
+                first += job.rows
         return ready
 
     def _scores(self, request: Request) -> tuple[Scored, ...]:
@@ -312,20 +333,33 @@ class TurnBatch:
             found.extend(score(logits_N_V, following, request.sampling.top_logprobs))
         return tuple(found)
 
-    def keep(self, order: Sequence[int], finished: Sequence[tuple[int, Sequence[int]]] = ()) -> None:
-        self._decoder.keep(torch.tensor(order, dtype=torch.long, device=self._base.device))
+    def drop(self, gone: Sequence[int], finished: Mapping[int, Sequence[int]]) -> list[int]:
+        leaving = set(gone)
+        order: list[int] = []
+        first = 0
+        for group in self._groups:
+            rows = group.decoder.rows
+            kept = [row for row in range(rows) if first + row not in leaving]
+            if len(kept) < rows:
+                group.decoder.keep(torch.tensor(kept, dtype=torch.long, device=self._base.device))
+            order.extend(first + row for row in kept)
+            first += rows
+        return order
 
     def leave(self, job: Job) -> None:
-        self._jobs.remove(job)
-        if job in self._pending:
-            self._pending.remove(job)
+        for group in self._groups:
+            if job in group.jobs:
+                group.jobs.remove(job)
+        self._groups = [group for group in self._groups if group.jobs]
 
     def forget(self, loaded: Loaded) -> None:
         pass
 
     def clear(self) -> None:
-        self._jobs, self._pending = [], []
-        self._decoder.clear()
+        self._groups = []
 
     def stats(self) -> dict[str, float]:
-        return {"prefilling": len(self._pending)}
+        return {"prefilling": sum(len(group.jobs) for group in self._groups if not group.begun)}
+
+    def _wearing(self, group: _Group) -> AbstractContextManager[None]:
+        return self._base.adapters.active(group.key or None)
