@@ -322,6 +322,7 @@ def hello(plane: Services, row: engines.EngineRow, token: str) -> EngineHello:
         device=row.device or "",
         work_dir=row.work_dir,
         store_url=plane.store.url,
+        store_options=plane.store.options,
         cache_dir=str(settings.home / "cache"),
         heartbeat_s=settings.heartbeat_s,
         lease_s=settings.lease_s,
