@@ -4,7 +4,7 @@
 import * as api from "./api.js";
 import { announce, fill, h, code } from "./dom.js";
 import { address, follow, link } from "./router.js";
-import { zone } from "./text.js";
+import { prose, zone } from "./text.js";
 
 const PAGES = {
   "": ["Runs", () => import("./pages/runs.js")],
@@ -102,7 +102,7 @@ function trouble(error) {
     api.forgetKey();
     return signIn(document.getElementById("main"));
   }
-  fill(place, h("p", null, h("strong", null, capital(error.message)), error.remedy ? [": ", error.remedy] : null,
+  fill(place, h("p", null, h("strong", null, capital(error.message)), error.remedy ? [": ", prose(error.remedy)] : null,
     error.status === 0 || error.status >= 429 ? " – trying again" : null));
 }
 
@@ -115,7 +115,7 @@ function failed(main, error) {
   if (!known) console.error(error);
   fill(main, h("h1", { tabindex: "-1" }, error.status === 404 ? "Not found" : "That did not work"),
     h("p", null, known ? capital(error.message) : "This page has a defect."),
-    h("p", null, known && error.remedy ? error.remedy : ["Go back to ", link("", {}, "all runs"), ", or ",
+    h("p", null, known && error.remedy ? prose(error.remedy) : ["Go back to ", link("", {}, "all runs"), ", or ",
       h("button", { class: "plain", onclick: () => location.reload() }, "load the page again"), "."]));
 }
 

@@ -3,7 +3,7 @@
 
 import { h } from "./dom.js";
 
-const SHORT = 20000; // characters shown before one has to ask for more
+const SHORT = 5000; // characters shown before one has to ask for more
 
 // --- text ---------------------------------------------------------------------------------------------------
 
@@ -14,6 +14,11 @@ const ESCAPE = /\u001b\[([0-9;:]*)m|\u001b\[[0-?]*[ -/]*[@-~]|\u001b[\]PX^_][^\u
 /** Nodes for text as it is, odd characters named. */
 export function shown(text) {
   return marked(String(text ?? ""));
+}
+
+/** A sentence of ours, in which `commands` are set as such. */
+export function prose(text) {
+  return String(text ?? "").split("`").map((part, at) => (at % 2 ? h("code", null, marked(part)) : marked(part)));
 }
 
 function marked(text) {

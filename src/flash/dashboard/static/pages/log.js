@@ -70,7 +70,7 @@ export async function open({ id, body, signal, query }) {
 function row(line, find) {
   const { kind, data } = line;
   const from = kind === "log" ? data.stream : kind;
-  const node = h("div", { class: `line ${kind}`, dataset: { seq: line.seq } }, clock(line.time), h("span", { class: "from" }, from ?? ""), h("span", null, ansi(words(kind, data))));
+  const node = h("div", { class: `line kind-${kind}`, dataset: { seq: line.seq } }, clock(line.time), h("span", { class: "from" }, from ?? ""), h("span", null, ansi(words(kind, data))));
   if (find) highlight(node.lastChild, find.toLowerCase());
   return node;
 }

@@ -4,17 +4,12 @@
 import { get, post } from "../api.js";
 import { Chart } from "../chart.js";
 import { empty, field, fill, h, keep, table } from "../dom.js";
+import { inOrder, titleOf } from "../metrics.js";
 import { environmentLink, link, note, runPath } from "../router.js";
 import { bytes, clock, count, duration, moment, number, usd } from "../text.js";
 import { fact } from "./run.js";
 
 const POINTS = 300;
-const FIRST = ["reward", "loss", "eval_loss", "success", "kl", "entropy", "length", "truncated", "equal_groups", "learning_rate", "grad_norm", "tokens_per_s", "memory_gb"];
-const TITLES = {
-  reward: "Reward (with spread)", loss: "Loss", eval_loss: "Held-out loss", success: "Success", kl: "KL to the base", entropy: "Entropy",
-  length: "Answer length, tokens", truncated: "Truncated answers", equal_groups: "Groups without a gradient", learning_rate: "Learning rate",
-  grad_norm: "Gradient norm", tokens_per_s: "Tokens a second", memory_gb: "Memory, GB", seconds: "Seconds a step",
-};
 const JOINED = { seconds: ["seconds_sampling", "seconds_scoring", "seconds_update"] };
 const HIDDEN = new Set(["reward_std", "seconds_sampling", "seconds_scoring", "seconds_update"]);
 const LOGARITHMIC = new Set(["learning_rate"]);
@@ -53,10 +48,10 @@ export async function open({ id, body, signal, query }) {
 
   function drawCharts() {
     const names = Object.keys(series.curves).filter((name) => !HIDDEN.has(name));
-    names.sort((a, b) => rank(a) - rank(b) || a.localeCompare(b));
+    names.sort(inOrder);
     for (const name of names) {
       if (!charts.has(name)) {
-        const made = new Chart(TITLES[name] ?? name, { onzoom: zoomTo });
+        const made = new Chart(name === "reward" ? "Reward, with its spread" : titleOf(name), { onzoom: zoomTo });
         made.node.dataset.metric = name;
         charts.set(name, made);
         const after = names.slice(0, names.indexOf(name)).findLast((each) => charts.has(each));
@@ -79,7 +74,7 @@ export async function open({ id, body, signal, query }) {
       low = curve.mean.map((value, at) => (value === null ? null : value - (spread.mean[at] ?? 0)));
       high = curve.mean.map((value, at) => (value === null ? null : value + (spread.mean[at] ?? 0)));
     }
-    return { label: TITLES[name] ?? name, colour, values: curve.mean, low, high };
+    return { label: titleOf(name), colour, values: curve.mean, low, high };
   }
 
   async function updateCharts() {
@@ -113,12 +108,6 @@ export async function open({ id, body, signal, query }) {
       ]);
     },
   };
-}
-
-function rank(name) {
-  const at = FIRST.indexOf(name);
-  if (at >= 0) return at;
-  return name.startsWith("env/") ? 50 : 100;
 }
 
 /** Puts what was reported from step `last` on behind what is there. */

@@ -2,9 +2,9 @@
 // share (the run's status, asked for while the page is open); the tabs are modules of their own.
 
 import { ApiError, get, post } from "../api.js";
-import { announce, code, fill, h, keep } from "../dom.js";
+import { announce, fill, h, keep } from "../dom.js";
 import { environmentLink, go, link, runPath } from "../router.js";
-import { ago, count, duration, long, moment, number, shown, usd } from "../text.js";
+import { ago, count, duration, long, moment, number, prose, shown, usd } from "../text.js";
 
 const TABS = [["", "Overview", () => import("./overview.js")], ["samples", "Samples", () => import("./samples.js")],
   ["log", "Log", () => import("./log.js")], ["config", "Config", () => import("./config.js")]];
@@ -49,7 +49,7 @@ function header(run) {
     h("p", null, sentence(run.summary), " ", h("span", { class: "quiet" }, sentence(run.next))),
     ratio !== null ? h("progress", { max: 1, value: ratio, "aria-label": `Step ${run.step} of ${run.total_steps}` }) : null,
     run.error ? h("div", { class: "card", role: "alert" }, h("strong", { class: "bad" }, shown(run.error.message)),
-      run.error.remedy ? h("p", null, "What to do: ", shown(run.error.remedy)) : null,
+      run.error.remedy ? h("p", null, "What to do: ", prose(run.error.remedy)) : null,
       run.error.detail ? h("details", null, h("summary", null, "Traceback"), long(run.error.detail)) : null) : null,
     run.warnings.length ? h("details", { open: run.warnings.length < 4 }, h("summary", { class: "warn" }, `${run.warnings.length} warning${run.warnings.length > 1 ? "s" : ""}`),
       h("ul", null, run.warnings.map((text) => h("li", null, shown(text))))) : null,
@@ -72,7 +72,7 @@ export function fact(name, ...value) {
 }
 
 function sentence(text) {
-  return text ? shown(`${text[0].toUpperCase()}${text.slice(1)}.`.replace(/\.\.$/, ".")) : "";
+  return text ? prose(`${text[0].toUpperCase()}${text.slice(1)}.`.replace(/\.\.$/, ".")) : "";
 }
 
 function buttons(run) {
@@ -99,8 +99,4 @@ function buttons(run) {
     run.checkpoints.length ? link("/playground", { model: run.run_id }, "Playground") : null,
     problem,
   ];
-}
-
-export function commands(...lines) {
-  return h("p", { class: "quiet" }, "In a terminal: ", lines.map((each, at) => [at ? ", " : "", code(each)]));
 }
