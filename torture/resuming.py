@@ -65,8 +65,11 @@ def resume(algorithm: str, train: dict[str, Any], count: int, seed: int) -> Tall
                 assert status["spec"] == spec, "the code changed meanwhile: nothing can be compared"
                 whole = _whole(machine, run_id)
                 same = status["state"] == "done" and machine.adapter_sha256(run_id) == expected
-                for _ in range(max(kills, 1)):
-                    tally.count(same and whole, f"{run_id}: {status['summary']}; same adapter {same}, events {whole}")
+                loss = f"{run_id}: {status['summary']}; same adapter {same}, events {whole}"
+                for _ in range(kills):
+                    tally.count(same and whole, loss)
+                if not kills and not (same and whole):
+                    tally.losses.append(loss)
         finally:
             machine.close()
     return tally
