@@ -6,7 +6,7 @@ import json
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from checkpoints import LAYOUTS, Layout, save_checkpoint
-from proofs import RESULTS_VARIABLE
+from layout_checkpoints import LAYOUTS, Layout, save_checkpoint
+from layout_proofs import RESULTS_VARIABLE
+from layout_runs import ENVIRONMENT, Run
 
-from flash.config.recipes import resolve
-from flash.config.run import RunConfig, RunSpec
+from flash.config.run import RunSpec
 from flash.environments.loading import LocalEnvironment
 from flash.inference.loading import BaseModel, load_base
 from flash.training import grpo, sft
@@ -26,44 +26,6 @@ from flash.training.reporter import RecordingReporter
 from flash.training.sft import TrainResult
 
 torch.set_num_threads(1)
-
-ENVIRONMENT = '''
-from freesolo.environments import *
-
-TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
-
-
-def score(text):
-    """A third of all characters are good: something that any model finds by chance."""
-    return sum(ord(c) % 3 == 0 for c in text) / max(len(text), 1)
-
-
-class OneTurn(EnvironmentSingleTurn):
-    def build_prompt_messages(self, example, prompt_text):
-        return [{"role": "system", "content": "Sums."}, {"role": "user", "content": example.input}]
-
-    def score_response(self, example, response_text):
-        return RewardResult(score=score(response_text))
-
-
-class TwoTurns(EnvironmentMultiTurn):
-    def start_episode(self, example, prompt_text):
-        return [{"role": "user", "content": example.input}]
-
-    def max_episode_turns(self, example):
-        return 2
-
-    def step_episode(self, example, messages, assistant_response):
-        return EnvironmentStepResult(done=False, messages=({"role": "user", "content": "again"},))
-
-    def score_episode(self, example, episode):
-        return RewardResult(score=score(episode.response_text))
-
-
-def load_environment(turns=1):
-    return OneTurn() if turns == 1 else TwoTurns()
-'''
-
 
 def slug(layout: Layout) -> str:
     return layout.name.lower().replace("/", "-").replace(" ", "-")
@@ -89,30 +51,6 @@ def folder(layout: Layout, checkpoints: dict[str, Path]) -> Path:
 def base(layout: Layout, folder: Path) -> BaseModel:
     """It, loaded as runs load it, under the name of a catalog model of its layout."""
     return load_base(folder, name=layout.models[-1], device="cpu")
-
-
-def sft_spec(model: str, *, thinking: bool = False, **train: Any) -> RunSpec:
-    settings = {"lora_rank": 8, "lora_alpha": 16, "batch_size": 4, "learning_rate": 1e-2, "epochs": 2} | train
-    return _resolved(model, "sft", thinking, settings)
-
-
-def grpo_spec(model: str, *, thinking: bool = False, **train: Any) -> RunSpec:
-    settings = {
-        "lora_rank": 8, "lora_alpha": 16, "learning_rate": 2e-2, "batch_size": 2, "group_size": 4, "steps": 3,
-        "max_tokens": 8, "max_length": 256,
-    } | train  # fmt: skip
-    return _resolved(model, "grpo", thinking, settings)
-
-
-def _resolved(model: str, algorithm: str, thinking: bool, settings: dict[str, Any]) -> RunSpec:
-    config = RunConfig.model_validate(
-        {"model": model, "algorithm": algorithm, "thinking": thinking, "environment": {"id": "org/sums"},
-         "train": {"save_every": 1000, **settings}}
-    )  # fmt: skip
-    return resolve(config, seed=0)
-
-
-Run = Callable[..., tuple[TrainResult, RecordingReporter]]
 
 
 @pytest.fixture

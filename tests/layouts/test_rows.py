@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import LAYOUTS, Layout
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from proofs import proves
+from layout_checkpoints import LAYOUTS, Layout
+from layout_proofs import proves
 
 from flash.errors import ModelError
 from flash.inference.engine import Request, Sampling
@@ -28,8 +28,11 @@ from flash.training.policy import Policy, build_policy, rows_stay_apart
 rows_of_tokens = st.lists(
     st.lists(st.integers(3, 250), min_size=2, max_size=90), min_size=2, max_size=5
 )  # fmt: skip
+ROUNDING = 1e-4  # nats: what these random models' fp32 allows at worst; a leak is a hundred times that
 # the policy is one for all examples on purpose: making it is what takes long
-few = settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+few = settings(
+    max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -110,7 +113,7 @@ def test_rows_decoded_together_are_the_rows_alone(policy: Policy, prompts: list[
     for request, completion in zip(requests, together, strict=True):
         alone = engine.generate([request])[0][0]
         assert completion.tokens == alone.tokens
-        assert completion.logprobs == pytest.approx(alone.logprobs, abs=2e-5)
+        assert completion.logprobs == pytest.approx(alone.logprobs, abs=ROUNDING)
 
 
 @proves("rows apart")
@@ -126,7 +129,7 @@ def test_rows_that_come_and_go_do_not_touch_the_others(policy: Policy, prompts: 
     for request, completions in zip(requests, engine.generate(requests), strict=True):
         for completion, alone in zip(completions, engine.generate([request])[0], strict=True):
             assert completion.tokens == alone.tokens
-            assert completion.logprobs == pytest.approx(alone.logprobs, abs=2e-5)
+            assert completion.logprobs == pytest.approx(alone.logprobs, abs=ROUNDING)
 
 
 @proves("rows apart")
@@ -142,7 +145,7 @@ def test_the_sampler_is_the_trainer(policy: Policy, prompt: list[int]) -> None:
         with torch.no_grad():
             trained = policy.logprobs(batch).tolist()
             bare = policy.logprobs(batch, reference=True).tolist()
-        assert completion.logprobs == pytest.approx(trained, abs=2e-5)
+        assert completion.logprobs == pytest.approx(trained, abs=ROUNDING)
         assert completion.logprobs != pytest.approx(bare, abs=1e-3)
 
 
