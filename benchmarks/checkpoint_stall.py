@@ -37,7 +37,7 @@ def main() -> None:
         results[name] = {"share": vars(share), "runs": sides, "final_uploaded": all(s["final_uploaded"] for s in sides)}
         last = sides[-1]
         print(
-            f"  {name}: {share} of the time (goal {GOAL:g}); {last['saves']} saves,"
+            f"  {name}: {share} of the time{f' (goal {GOAL:g})' if name == 'sft' else ''}; {last['saves']} saves,"
             f" {last['uploaded']} uploaded, the final one {'among them' if last['final_uploaded'] else 'MISSING'}"
         )
     path = write_result("checkpoint_stall", {"goal": GOAL, "results": results})

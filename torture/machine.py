@@ -102,7 +102,7 @@ class Machine:
                 stderr=output,
                 start_new_session=True,
             )
-        found = wait_for(self._address, 60, 0.02)
+        found = wait_for(self._address, 180, 0.02)
         self.http.close()
         self.http = httpx.Client(
             base_url=f"http://127.0.0.1:{found['port']}",

@@ -16,7 +16,7 @@ QUICK = ("archives",)  # cheap enough for every run of the tests
 @pytest.mark.parametrize(
     "row", [pytest.param(row, id=row.key, marks=() if row.key in QUICK else pytest.mark.slow) for row in ROWS]
 )
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_it_survives(row: Row):
     try:
         tally = row.run(row.short, 1)
