@@ -88,12 +88,19 @@ def test_targets_are_the_templates_own_text_trained_after_the_prompt(
     prompt = renderer.render_prompt(opening)
 
     assert prompt == reference(layout, opening, prompt=True, thinking=thinking)
-    assert list(target.tokens) == reference(layout, opening + completion, prompt=False, thinking=thinking)
+    if layout == "minicpm5" and not thinking and trace is None:
+        # its template leaves out of the finished turn what its prompt ends with: the target has it nevertheless
+        whole = tokenizer(layout).apply_chat_template(opening + completion, tokenize=False)
+        before = renderer.prompt_text(opening).removesuffix("<think>\n\n</think>\n\n")
+        assert whole.startswith(before)
+        assert renderer.decode(target.tokens) == renderer.prompt_text(opening) + whole.removeprefix(before)
+    else:
+        assert list(target.tokens) == reference(layout, opening + completion, prompt=False, thinking=thinking)
     assert list(target.tokens[: target.trained_from]) == prompt[: target.trained_from]
     assert target.trained_from < len(target.tokens)  # never zero trained tokens in silence
     trained = renderer.decode(target.tokens[target.trained_from :])
     assert answer.strip() in trained and trained.rstrip("\n").endswith("<|im_end|>")
-    if thinking == (trace is not None) and not (layout == "minicpm5" and not thinking):
+    if thinking == (trace is not None):
         assert target.trained_from == len(prompt)  # the supervised prefix is the generation prompt
 
 

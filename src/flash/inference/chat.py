@@ -8,6 +8,7 @@ or training loops.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -79,14 +80,17 @@ class ChatRenderer:
         """The whole conversation, trained after the longest token prefix shared with the rendered prompt.
 
         So a `<think>` that the template opens by itself counts as prompt, and user and tool turns inside
-        the target are trained.
+        the target are trained. An empty trace that the prompt ends with, but the template leaves out of the finished
+        turn, is put there: the answer is trained after the prompt that it will be sampled after.
         """
         opening = fit_messages(prompt, where=where)
         target = fit_messages(completion, where=where)
         if not target:
             raise InvalidInput(f"{where}: the target has no messages")
-        prompt_tokens = self._encode(self._text(opening, tools, where, prompt=True))
-        tokens = self._encode(self._text(opening + target, tools, where, prompt=False))
+        prompt_text = self._text(opening, tools, where, prompt=True)
+        whole_text = self._text(opening + target, tools, where, prompt=False)
+        prompt_tokens = self._encode(prompt_text)
+        tokens = self._encode(_with_empty_trace(prompt_text, whole_text))
         return RenderedTarget(tuple(tokens), _shared_prefix(prompt_tokens, tokens))
 
     @property
@@ -147,6 +151,15 @@ class ChatRenderer:
 
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _with_empty_trace(prompt: str, whole: str) -> str:
+    """The whole conversation after exactly this prompt, if all that parts them is an empty trace at its end."""
+    trace = re.search(rf"{_THINK_OPEN}\s*{_THINK_CLOSE}\s*$", prompt)
+    if trace is None or not whole.startswith(prompt[: trace.start()]):
+        return whole
+    rest = whole[trace.start() :]
+    return whole if rest.startswith(_THINK_OPEN) else prompt + rest
 
 
 def split_thinking(text: str, *, opened: bool = False) -> tuple[str, str]:
