@@ -23,6 +23,7 @@ from flash.training.grpo import limits_of, row_at, train
 from flash.training.policy import build_policy
 from flash.training.reporter import RecordingReporter
 from flash.training.rollouts import Episode, Group, Prompt
+from flash.training.samples import pieces
 from flash.training.sft import TrainResult
 from flash.training.updating import Updater
 
@@ -237,8 +238,38 @@ def test_every_grpo_key_reaches_the_rollouts(base: BaseModel) -> None:
 
 def test_batch_and_group_size_set_how_many_are_scored(run) -> None:
     _, reporter = run(grpo_spec(steps=1, batch_size=2, group_size=5, save_every=1))
-    assert len(reporter.of("sample")) == 2
-    assert len(reporter.of("sample")[0]["sample"]["rewards"]) == 5
+    kept = [data["sample"] for data in reporter.of("sample")]
+    assert len({sample["row"] for sample in kept}) == 2
+    assert {len(sample["rewards"]) for sample in kept} == {5}
+
+
+@pytest.mark.parametrize("multi_turn", [False, True])
+def test_samples_tell_each_token_and_who_wrote_it(run, multi_turn: bool) -> None:
+    spec = grpo_spec(steps=1, batch_size=2, group_size=5, save_every=1, max_length=200)
+    _, reporter = run(spec, multi_turn=multi_turn)
+    for data in reporter.of("sample"):
+        sample = data["sample"]
+        assert "".join(piece[0] for piece in sample["pieces"]) == sample["text"]
+        own = [piece for piece in sample["pieces"] if len(piece) == 2]
+        assert all(logprob <= 0 for _, logprob in own)
+        assert 0 < len(own) <= sample["tokens"]
+        assert (len(own) < len(sample["pieces"])) == multi_turn
+        mean = sum(sample["rewards"]) / 5
+        assert sample["advantage"] == pytest.approx(sample["reward"] - mean)
+    kept = [data["sample"] for data in reporter.of("sample")]
+    rewards = kept[0]["rewards"]
+    assert {max(rewards), min(rewards)} <= {each["reward"] for each in kept if each["rewards"] == rewards}
+
+
+def test_characters_of_several_tokens_stay_whole() -> None:
+    text = "a😀é".encode()
+    prompt = Prompt(0, 0, EpisodeStart([{"role": "user", "content": "x"}], max_turns=1), (0,))
+    episode = Episode.opened(prompt)
+    episode.tokens += list(text)
+    episode.sampled += [True] * len(text)
+    episode.logprobs += [-0.5] * len(text)
+    found = pieces(episode, lambda tokens: bytes(tokens).decode("utf-8", "replace"))
+    assert found == [["a", -0.5], ["😀", -2.0], ["é", -1.0]]
 
 
 def test_a_penalty_holds_the_policy_near_its_base(run) -> None:

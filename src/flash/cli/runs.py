@@ -101,7 +101,7 @@ def samples(
     if not found:
         note("no samples recorded")
     for event in found:
-        rest = dict(event.data)
+        rest = {key: value for key, value in event.data.items() if key != "pieces"}  # the text, token by token
         numbers = {key: rest.pop(key) for key, value in event.data.items() if isinstance(value, int | float)}
         say("--- " + "  ".join(f"{key} {value}" for key, value in numbers.items()))
         for key, value in rest.items():

@@ -27,6 +27,7 @@ from flash.inference.loading import BaseModel
 from flash.inference.sampling import stream_key
 from flash.inference.torch_engine import TorchEngine
 from flash.records import Phase
+from flash.training import samples
 from flash.training.advantages import all_equal, spread
 from flash.training.advice import Advisor, StepFacts
 from flash.training.batches import epoch_order
@@ -40,8 +41,6 @@ from flash.training.updating import Updater
 
 MAX_FAILED_SHARE = 0.2  # of a step's groups dropped because user code failed ...
 MAX_FAILED_STEPS = 3  # ... so many steps running: the run fails
-SAMPLES_EVERY = 10  # steps between rollouts kept for people to read (the first and last step's always are)
-SAMPLES_KEPT = 3
 _PULSE_SECONDS = 1.0  # between signs of life while decoding
 
 
@@ -211,7 +210,9 @@ def _step(
     progress.metrics["groups_dropped"] = float(len(errors))
     progress.metrics["prompts_dropped"] = float(len(progress.too_long))
     reporter.metrics(step, {**progress.metrics, **_seconds(collected, update_seconds)})
-    _keep_samples(spec, step, kept, collector, reporter)
+    if samples.due(step, spec.train.steps):
+        for sample in samples.rollouts(collected.groups, collector.decode):
+            reporter.sample(step, sample)
     for code, text in progress.advisor.observe(_facts(spec, kept, progress.metrics)) if kept else ():
         reporter.warn(code, text)
     _bound_failures(step, errors, len(kept), progress, reporter)
@@ -347,28 +348,6 @@ def _seconds(collected: Collected, update_seconds: float) -> dict[str, float]:
         "seconds_update": update_seconds,
         "tokens_per_s": tokens / max(total, 1e-9),
     }
-
-
-def _keep_samples(spec: RunSpec, step: int, groups: Sequence[Group], collector: Collector, reporter: Reporter) -> None:
-    if step % SAMPLES_EVERY and step not in (1, spec.train.steps):
-        return
-    for group in groups[:SAMPLES_KEPT]:
-        episode, score = group.episodes[0], group.scores[0]
-        reporter.sample(
-            step,
-            {
-                "kind": "rollout",
-                "row": group.prompt.row,
-                "messages": [*group.prompt.start.messages, *episode.messages[len(group.prompt.start.messages) :]],
-                "text": collector.text_of(episode),
-                "reward": score.reward,
-                "rewards": group.rewards,
-                "success": score.success,
-                "truncated": episode.truncated,
-                "tokens": episode.sampled_tokens,
-                "turns": episode.turns,
-            },
-        )
 
 
 def _facts(spec: RunSpec, groups: Sequence[Group], metrics: Mapping[str, float]) -> StepFacts:

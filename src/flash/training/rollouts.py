@@ -177,9 +177,9 @@ class Collector:
                 opened.append(Prompt(row, own_seed, start, tuple(tokens)))
         return opened
 
-    def text_of(self, episode: Episode) -> str:
-        """Everything after the prompt as the policy saw and wrote it, special tokens included."""
-        return self._renderer.decode(episode.tokens[episode.prompt_length :])
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Tokens as text, as the policy saw and wrote it: special tokens included."""
+        return self._renderer.decode(tokens)
 
     def _open_alone(self, row: int, seed: int) -> EpisodeStart | UserCodeError:
         try:
