@@ -6,10 +6,12 @@ import hashlib
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -147,6 +149,18 @@ def test_a_bucket_out_of_reach_is_unavailable_and_plain_http_is_for_loopback(end
     store = Store("s3://bucket/prefix", {"endpoint": endpoint, "max_retries": "0", **keys})
     with pytest.raises(Unavailable, match="artifact store failed on a/key"):
         store.put_bytes("a/key", b"x")
+
+
+@pytest.mark.slow
+def test_a_bucket_that_hangs_takes_no_more_than_its_share_of_threads():
+    keys = {"access_key_id": "key", "secret_access_key": "secret", "region": "us-east-1"}
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as deaf, ThreadPoolExecutor(20) as threads:
+        endpoint = f"http://127.0.0.1:{deaf.getsockname()[1]}"
+        store = Store("s3://bucket", {"endpoint": endpoint, "max_retries": "0", "read_timeout": "6s", **keys})
+        asked = [threads.submit(store.size, f"key-{number}") for number in range(20)]
+        told = [str(each.exception()) for each in asked]
+    assert sum("the artifact store is slow" in text for text in told) == 4
+    assert sum("the artifact store failed on" in text for text in told) == 16
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import hashlib
 import os
 import secrets
 import shutil
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -28,6 +29,10 @@ from flash.failpoints import failpoint
 
 _CHUNK = 4 << 20  # bytes
 _PARTS = 4  # of one upload at once: more would leave each too slow for `read_timeout` on a thin line
+
+# Requests under way at once, and how long one waits for its turn: a bucket that hangs must not take every thread of a
+# server that has heartbeats to answer.
+_AT_ONCE, _PLACE_S = 16, 2.0
 
 # How a bucket is talked to, over obstore's own defaults, which repeat a request for three minutes and give a whole
 # download 30 s: our callers repeat by themselves and hold leases, and an object may be of any size.
@@ -51,6 +56,7 @@ class Store:
     def __init__(self, url: str, options: Mapping[str, str] | None = None) -> None:
         self.url = url
         self.options = dict(options or {})
+        self._places = threading.BoundedSemaphore(_AT_ONCE)
         self._root: Path | None = None
         parts = urlsplit(url)
         if parts.scheme == "file":
@@ -64,6 +70,20 @@ class Store:
         else:
             raise InvalidInput(f"{url!r} is not a store", remedy="write a URL such as file:///folder or s3://bucket")
 
+    @contextmanager
+    def _asking(self, key: str) -> Iterator[None]:
+        """Around a request: its place among those under way, and its failures in Flash's words."""
+        if not self._places.acquire(timeout=_PLACE_S):
+            raise Unavailable(
+                f"the artifact store is slow: {_AT_ONCE} requests wait for it, and {key} with them",
+                remedy="try again in a moment",
+            )
+        try:
+            with _translated(key):
+                yield
+        finally:
+            self._places.release()
+
     # --- writing ------------------------------------------------------------------------------------
 
     def put_bytes(self, key: str, data: bytes, *, create: bool = False) -> None:
@@ -72,7 +92,7 @@ class Store:
             with self._replacing(key, create=create) as file:
                 file.write(data)
             return
-        with _translated(key):
+        with self._asking(key):
             obstore.put(self._backend, _safe(key), data, mode="create" if create else "overwrite")
 
     def put_file(self, key: str, path: Path) -> None:
@@ -81,7 +101,7 @@ class Store:
             with path.open("rb") as source, self._replacing(key, create=False) as file:
                 shutil.copyfileobj(source, file, _CHUNK)
             return
-        with _translated(key):
+        with self._asking(key):
             obstore.put(self._backend, _safe(key), path, max_concurrency=_PARTS)
 
     @contextmanager
@@ -111,7 +131,7 @@ class Store:
     def copy(self, source: str, target: str) -> None:
         """Gives an object a second key; a local disk shares the bytes, a bucket copies them on its side."""
         if self._root is None:
-            with _translated(source):
+            with self._asking(source):
                 obstore.copy(self._backend, _safe(source), _safe(target))
             return
         path = self._root / _safe(target)
@@ -128,7 +148,7 @@ class Store:
     def delete(self, key: str) -> None:
         """Removes the object; an absent key is fine."""
         try:
-            with _translated(key):
+            with self._asking(key):
                 obstore.delete(self._backend, _safe(key))
         except NotFound:
             pass
@@ -138,19 +158,21 @@ class Store:
     def size(self, key: str) -> int | None:
         """Bytes of the object, or None if there is none."""
         try:
-            with _translated(key):
+            with self._asking(key):
                 return int(obstore.head(self._backend, _safe(key))["size"])
         except NotFound:
             return None
 
     def get_bytes(self, key: str) -> bytes:
-        with _translated(key):
+        with self._asking(key):
             return bytes(obstore.get(self._backend, _safe(key)).bytes())
 
     def stream(self, key: str) -> Iterator[bytes]:
         """The object in chunks of a few MiB."""
-        with _translated(key):
-            for chunk in obstore.get(self._backend, _safe(key)).stream(min_chunk_size=_CHUNK):
+        with self._asking(key):
+            found = obstore.get(self._backend, _safe(key))
+        with _translated(key):  # whoever reads may take any time
+            for chunk in found.stream(min_chunk_size=_CHUNK):
                 yield bytes(chunk)
 
     def digest(self, key: str) -> str:
@@ -162,13 +184,13 @@ class Store:
 
     def list(self, prefix: str) -> list[str]:
         """Keys below a prefix, which ends at a path segment."""
-        with _translated(prefix):
+        with self._asking(prefix):
             pages = obstore.list(self._backend, prefix=prefix)
             return sorted(str(item["path"]) for page in pages for item in page)
 
     def folders(self, prefix: str) -> Sequence[str]:
         """Names directly below a prefix that have objects below them."""
-        with _translated(prefix):
+        with self._asking(prefix):
             found = obstore.list_with_delimiter(self._backend, prefix=prefix)
         return sorted(str(each).rstrip("/").rpartition("/")[2] for each in found["common_prefixes"])
 
