@@ -6,7 +6,7 @@ from pathlib import Path
 
 from flash.catalog.catalog import flash_home
 from flash.control_plane.main import serve
-from flash.control_plane.settings import load_settings
+from flash.control_plane.server_config import load_settings
 from flash.launching.local import LocalLauncher
 
 logging.basicConfig(level=logging.INFO)  # into the machine's server.out

@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from flash.control_plane.settings import load_settings
+from flash.control_plane.server_config import load_settings
 
 TOKEN = "ghp_the_operators_own_token"
 CODE = "def load_environment(): ...\n"

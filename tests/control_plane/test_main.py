@@ -83,13 +83,16 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Process]]:
 def test_it_says_where_it_is_stays_alone_and_keeps_its_address(serve, tmp_path: Path):
     first = serve()
     said = first.ready()
-    assert set(said) == {"port", "token", "pid", "version", "started_at"}
+    assert set(said) == {"host", "port", "token", "pid", "version", "started_at", "config"}
     assert (tmp_path / "home" / "server.json").stat().st_mode & 0o777 == 0o600
     with first.client() as http:
         assert http.get("/api/health").json()["pid"] == first.child.pid
-        assert http.get("/api/whoami").json() == {
+        who = http.get("/api/whoami").json()
+        assert who.pop("key").startswith("key-")
+        assert who == {
             "org": "local",
             "role": "owner",
+            "name": "this machine",
             "server": f"http://127.0.0.1:{said['port']}",
         }
     refused = serve()
@@ -191,9 +194,11 @@ def test_settings_that_are_wrong_are_said_in_one_line(
     assert len(lines) == 1 and words in lines[0]
 
 
-def test_it_takes_no_arguments(capsys):
-    assert main(["--port", "1"]) == 2
-    assert "no arguments" in capsys.readouterr().err
+def test_arguments_that_it_does_not_know_are_refused(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["--port", "1"])
+    assert left.value.code == 2
+    assert "--port" in capsys.readouterr().err
 
 
 def test_it_imports_neither_torch_nor_training():

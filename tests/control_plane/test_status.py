@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from flash.control_plane.settings import ServerSettings, load_settings
+from flash.control_plane.server_config import load_settings
+from flash.control_plane.settings import ServerSettings
 from flash.control_plane.status import backoff_left, summarise
 from flash.errors import InvalidInput
 from flash.records import AttemptState, Checkpoint, FailureKind, Phase, RunState

@@ -15,7 +15,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import InterfaceError, OperationalError, TimeoutError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -91,7 +91,8 @@ def create_app(
     app.add_exception_handler(FlashError, _flash_error)
     app.add_exception_handler(RequestValidationError, _invalid_request)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(OperationalError, _database_error)
+    for trouble in (OperationalError, InterfaceError, TimeoutError):  # the last: no connection was free
+        app.add_exception_handler(trouble, _database_error)
     app.add_exception_handler(Exception, _defect)
     app.add_middleware(BodyLimit, limit=settings.max_body, archive_limit=settings.max_archive)
     app.add_middleware(Watch, plane=plane)

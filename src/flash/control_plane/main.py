@@ -1,4 +1,4 @@
-"""The server process of one FLASH_HOME: `python -m flash.control_plane.main`.
+"""The server process: `python -m flash.control_plane.main`, with `--config server.toml` for a team's.
 
 Owns the socket, `server.json`, the log, and when the process ends: on SIGTERM or SIGINT, on request, or when
 nothing has lived and no one has asked for a while; a run, an engine and a deployed name keep it. Port and token
@@ -7,10 +7,10 @@ are chosen once and kept, so that addresses last and workers and engines find a 
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import logging
-import logging.handlers
 import os
 import secrets
 import signal
@@ -19,7 +19,6 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -27,16 +26,18 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from flash import __version__
 from flash.catalog.catalog import flash_home
 from flash.control_plane.app import create_app
+from flash.control_plane.logs import log_as
+from flash.control_plane.server_config import load_server_config, load_settings
 from flash.control_plane.services import Services, open_services
-from flash.control_plane.settings import ServerSettings, load_settings
-from flash.errors import FlashError, InvalidInput
+from flash.control_plane.settings import ServerSettings
+from flash.errors import ConfigError, FlashError, InvalidInput
 from flash.launching.launcher import Launcher
-from flash.storage import deployments, engines, identity, runs
+from flash.storage import audit, deployments, engines, identity, runs
 
 log = logging.getLogger("flash.server")
 
-LOCAL_KEY = "this machine"  # the name under which the laptop's own token is kept
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
+_EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # an address to listen on, and one to reach it by
 
 
 @dataclass(frozen=True)
@@ -54,17 +55,33 @@ def read_address(path: Path) -> Address | None:
         return None
 
 
-def write_address(home: Path, address: Address, *, started_at: float) -> None:
+def write_address(home: Path, address: Address, *, host: str, config: Path | None, started_at: float) -> None:
     """`server.json`, and `token` with the token alone, for programs that take a key from a file."""
     value = {
+        "host": host,
         "port": address.port,
         "token": address.token,
         "pid": os.getpid(),
         "version": __version__,
         "started_at": started_at,
+        "config": str(config) if config else None,
     }
     _write_private(home / "token", address.token + "\n")
     _write_private(home / "server.json", json.dumps(value))
+
+
+def machine_token(home: Path) -> str:
+    """The home's own token, made if there is none; servers that start together on one home get the same."""
+    path = home / "token"
+    draft = path.with_name(f".{path.name}.{os.getpid()}.new")
+    _write_private(draft, identity.new_token() + "\n")
+    try:
+        os.link(draft, path)
+    except FileExistsError:
+        pass
+    finally:
+        draft.unlink()
+    return path.read_text().strip()
 
 
 def _write_private(path: Path, text: str) -> None:
@@ -121,17 +138,22 @@ class Activity:
 class Server(uvicorn.Server):
     """uvicorn's server, which tells the world where it is once it listens, and leaves when idle or asked."""
 
-    def __init__(self, config: uvicorn.Config, plane: Services, activity: Activity, address: Address) -> None:
+    def __init__(
+        self, config: uvicorn.Config, plane: Services, activity: Activity, address: Address, file: Path | None
+    ) -> None:
         super().__init__(config)
         self._plane = plane
         self._activity = activity
         self._address = address
+        self._file = file
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.should_exit:
             return
-        write_address(self._plane.settings.home, self._address, started_at=time.time())
+        settings = self._plane.settings
+        host = _EVERYWHERE.get(settings.host, settings.host)
+        write_address(settings.home, self._address, host=host, config=self._file, started_at=time.time())
         log.info("listening on %s (pid %d, version %s)", self._plane.api_url, os.getpid(), __version__)
         self._watcher = asyncio.create_task(self._watch())
 
@@ -146,6 +168,7 @@ class Server(uvicorn.Server):
             await asyncio.sleep(pause)
             if self._plane.stopping.is_set():
                 log.info("asked to stop")
+                await asyncio.sleep(self._plane.settings.stop_delay_s)  # not ready meanwhile, but still answering
                 self.should_exit = True
             elif limit and self._activity.idle_s >= limit and not await asyncio.to_thread(self._busy):
                 log.info("idle for %g s: leaving", limit)
@@ -158,68 +181,79 @@ class Server(uvicorn.Server):
             )
 
 
-def serve(settings: ServerSettings, *, launcher: Launcher | None = None) -> None:
+def serve(settings: ServerSettings, *, config: Path | None = None, launcher: Launcher | None = None) -> None:
     """Runs the server of this home until it is told to end, or has been idle for long enough."""
-    if settings.host not in LOOPBACK:
-        raise InvalidInput(
-            f"host = {settings.host!r}: this server has no keys but this machine's own",
-            remedy="bind it to 127.0.0.1",
-        )
     plane = open_services(settings, launcher=launcher)
     try:
-        address_file = settings.home / "server.json"
-        kept = read_address(address_file)
+        kept = read_address(settings.home / "server.json")
+        token = kept.token if kept else machine_token(settings.home)
+        _let_in(plane, token)
         listener = bind(settings.host, settings.port or (kept.port if kept else 0), fixed=bool(settings.port))
-        address = Address(
-            port=listener.getsockname()[1], token=kept.token if kept else identity.new_token()
-        )
-        plane.api_url = f"http://{settings.host}:{address.port}"
-        with plane.database.write() as connection:
-            identity.revoke_keys(connection, org=identity.LOCAL_ORG, name=LOCAL_KEY, keep=address.token)
-            identity.add_key(connection, org=identity.LOCAL_ORG, token=address.token, name=LOCAL_KEY)
+        address = Address(port=listener.getsockname()[1], token=token)
+        plane.api_url = settings.worker_url or _url(_EVERYWHERE.get(settings.host, settings.host), address.port)
         activity = Activity(create_app(settings, services=plane))
-        config = uvicorn.Config(
+        options = uvicorn.Config(
             activity,
             log_config=None,
             access_log=False,
             lifespan="on",
             timeout_graceful_shutdown=settings.graceful_shutdown_s,
             server_header=False,
+            proxy_headers=bool(settings.trusted_proxies),
+            forwarded_allow_ips=list(settings.trusted_proxies),
         )
         # uvicorn raises a caught signal again at its end: that must not skip the closing below.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: plane.stopping.set())
-        Server(config, plane, activity, address).run(sockets=[listener])
+        Server(options, plane, activity, address, config).run(sockets=[listener])
     finally:
         plane.close()
         log.info("ended")
 
 
-def _log_to(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.handlers.RotatingFileHandler(path, maxBytes=10 << 20, backupCount=3)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    root = logging.getLogger()
-    root.addHandler(handler)
-    root.setLevel(logging.INFO)
-    for name in ("alembic", "uvicorn.error"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+def _let_in(plane: Services, token: str) -> None:
+    """Gives this machine's own token its key; InvalidInput, on record, if a network could reach it and nobody else."""
+    settings = plane.settings
+    shared = plane.database.shared  # other machines have tokens of their own there
+    name = f"{identity.MACHINE} ({socket.gethostname()} {settings.home})"[:200] if shared else identity.MACHINE
+    with plane.database.write() as connection:
+        identity.revoke_keys(connection, org=identity.LOCAL_ORG, name=name, keep=token)
+        identity.add_key(connection, org=identity.LOCAL_ORG, token=token, name=name)
+        if settings.host in LOOPBACK or identity.any_key(connection):
+            return
+        message = f"host = {settings.host!r}: nobody has a key to this server, so it listens to this machine only"
+        entry = audit.Entry(
+            "server start", InvalidInput.status, actor=audit.SERVER, object=settings.host, message=message
+        )
+        audit.record(connection, entry, now=plane.clock())
+    raise InvalidInput(message, remedy="make one (flash admin key create --config FILE), or bind it to 127.0.0.1")
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Takes no arguments: FLASH_HOME and FLASH_SERVER_* say everything."""
-    arguments: list[Any] = list(sys.argv[1:] if argv is None else argv)
-    if arguments:
-        print("error: the server takes no arguments; set FLASH_HOME and FLASH_SERVER_*", file=sys.stderr)
-        return 2
-    home = flash_home()
-    home.mkdir(parents=True, exist_ok=True, mode=0o700)
-    _log_to(home / "logs" / "server.log")
+    """Without arguments FLASH_HOME and FLASH_SERVER_* say everything: a laptop's server."""
+    parser = argparse.ArgumentParser(prog="flash-server", description="The server process.", allow_abbrev=False)
+    parser.add_argument("--config", type=Path, help="server.toml")
+    parser.add_argument("--check", action="store_true", help="only say whether the settings are sound")
+    arguments = parser.parse_args(argv)
+    config: Path | None = arguments.config
+    settings = None
     try:
-        serve(load_settings(home))
+        settings = load_settings(flash_home()) if config is None else load_server_config(config)
+        if arguments.check:
+            return 0
+        settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        log_as(settings)
+        serve(settings, config=config.absolute() if config else None)
     except FlashError as error:
-        log.error("%s", error)
-        print(f"error: {error}", file=sys.stderr)
+        if settings is not None:
+            log.error("%s", error)
+        if settings is None or settings.log_to != "stderr":
+            for line in error.problems if isinstance(error, ConfigError) else [str(error)]:
+                print(f"error: {line}", file=sys.stderr)
         return 1
     return 0
 

@@ -11,6 +11,7 @@ from flash.artifacts.store import Store
 from flash.control_plane.counting import Requests
 from flash.control_plane.followers import Followers
 from flash.control_plane.links import Links
+from flash.control_plane.readiness import Readiness
 from flash.control_plane.settings import ServerSettings
 from flash.control_plane.stopwatches import Stopwatches
 from flash.control_plane.traffic import Traffic
@@ -35,8 +36,11 @@ class Services:
     wake: threading.Event = field(default_factory=threading.Event)  # asks the reconciler to look now
     stopping: threading.Event = field(default_factory=threading.Event)  # someone asked the server to stop
     fetches: threading.BoundedSemaphore = field(default_factory=lambda: threading.BoundedSemaphore(4))  # from GitHub
-    clock: Callable[[], float] = time.time  # the wall clock, for what people and records see; it may jump
+    clock: Callable[[], float] = time.time  # the database's, for what people and records see; it may jump
     api_url: str = ""  # as workers reach this server; known once it listens
+
+    def __post_init__(self) -> None:
+        self.readiness = Readiness(self.database, self.store, self.stopping)
 
     def close(self) -> None:
         self.followers.close()
@@ -54,12 +58,13 @@ def open_services(
         settings=settings,
         database=database,
         store=Store(settings.store, settings.store_options),
-        vault=Vault.open(settings.home / "vault.key"),
+        vault=Vault.open(settings.vault_key),
         launcher=launcher or LocalLauncher(settings.home / "work", devices=settings.devices),
         stopwatches=watches,
         traffic=Traffic(watches, settings.max_requests),
         fetches=threading.BoundedSemaphore(settings.github_fetches),
-        api_url=f"http://{settings.host}:{settings.port}",
+        clock=database.clock,
+        api_url=settings.worker_url or f"http://{settings.host}:{settings.port}",
     )
     database.on_commit(services.followers.notify)
     return services

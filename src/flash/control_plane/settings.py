@@ -1,24 +1,20 @@
 """The server's settings: places, time-outs, leases, back-offs. The operator's, never a run's.
 
-Each can be set by an environment variable FLASH_SERVER_<NAME>, which is how tests shorten the long ones; only
-`github_token` has its customary name, GITHUB_TOKEN.
+Owns names, types, ranges, defaults and what is said of each. How they are read, from a file and from variables of the
+environment, is `server_config`'s.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
-from sqlalchemy.engine import URL, make_url
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator
+from sqlalchemy.engine import URL
 
 from flash.environments.references import GitHub
-from flash.errors import InvalidInput
 from flash.records import Phase
-
-PREFIX = "FLASH_SERVER_"
+from flash.storage.database import normal_url
 
 # Seconds without progress before an attempt counts as stalled. Installing packages and loading a large model
 # report little; a training step or an upload reports often.
@@ -37,68 +33,242 @@ STALL_S: dict[str, float] = {
 class ServerSettings(BaseModel):
     """Durations in seconds, sizes in bytes."""
 
+    # The docstrings below the fields make the page of the documentation; titles above them are its sections.
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    # --- Where it listens
+
     home: Path
+    """The server's folder: work of local workers, caches, logs, the vault's key, its own token; on a laptop the
+    database and the artifacts too. `FLASH_HOME` where the file does not say; relative to the file."""
+
     host: str = "127.0.0.1"
-    port: int = Field(default=0, ge=0, le=65535)  # 0: the one of server.json, or any free one
-    database_url: str | None = None  # None: flash.db in `home`
-    store_url: str | None = None  # None: artifacts/ in `home`
-    # A bucket's settings by obstore's names (endpoint, region, access_key_id, …); else the provider's own variables.
+    """The address to listen on. Anything but loopback is refused until somebody has a key."""
+
+    port: int = Field(default=0, ge=0, le=65535)
+    """0: the one it had before, or any free one."""
+
+    public_url: str | None = Field(default=None, pattern="^https?://[^/]+")
+    """The address by which people reach it, e.g. that of the proxy which speaks TLS."""
+
+    worker_url: str | None = Field(default=None, pattern="^https?://[^/]+")
+    """The address by which workers and engines reach it. Left out: this machine's own, which is right for one server
+    on one machine. Where several servers run, name an address that leads to whichever lives."""
+
+    trusted_proxies: tuple[str, ...] = ()
+    """Addresses or networks of proxies whose `X-Forwarded-For` and `X-Forwarded-Proto` are believed; nobody else's
+    are."""
+
+    stop_delay_s: float = Field(default=0.0, ge=0)
+    """How long it says that it is not ready before it stops to listen, so that a load balancer can see it."""
+
+    graceful_shutdown_s: int = Field(default=2, ge=0)
+    """How long requests under way have to end when it stops."""
+
+    idle_exit_s: float = Field(default=1800.0, ge=0)
+    """It ends by itself when nobody has asked for so long and nothing lives; 0: never, which is the default with a
+    config file."""
+
+    # --- Where things are kept
+
+    database_url: str | None = Field(default=None, repr=False)
+    """`postgresql://user:password@host/name`. Left out: the SQLite file `flash.db` in `home`. A server of SQLite is
+    the only one of its database; on Postgres there may be several."""
+
+    store_url: str | None = None
+    """`s3://bucket/prefix`, `gs://…`, `az://…` or `file:///folder`. Left out: `artifacts/` in `home`."""
+
     store_options: dict[str, str] = Field(default_factory=dict, repr=False)
-    devices: tuple[str, ...] | None = None  # None: what the machine has
-    usd_per_hour: dict[str, float] = Field(default_factory=dict)  # of a device, by its name or as "gpu" or "cpu"
-    access_log: bool = False  # a line for each request
+    """A bucket's settings by obstore's names (`endpoint`, `region`, `access_key_id`, `secret_access_key`, …); what
+    they leave out comes from the provider's own variables (`AWS_…`)."""
+
+    vault_key_file: Path | None = None
+    """The 32 bytes under which secrets are sealed; every server of one database needs the same. Left out: `vault.key`
+    in `home`, made when it is missing."""
+
+    # --- How long things are kept
+
+    keep_state_days: float | None = Field(default=None, ge=0)
+    """Optimizer and generator state of an ended run, without which it can't be retried. Left out: for good."""
+
+    keep_files_days: float | None = Field(default=None, ge=0)
+    """Checkpoints and adapters of an ended run that is neither pinned, nor deployed, nor the source of another one.
+    Left out: for good. A run may have a time of its own (`flash keep`)."""
+
+    keep_events_days: float | None = Field(default=None, ge=0)
+    """Log, metrics and samples of an ended run that is not pinned. Left out: for good."""
+
+    keep_audit_days: float | None = Field(default=None, ge=0)
+    """Entries of the audit log. Left out: for good."""
+
+    # --- What it says
+
+    log_to: Literal["file", "stderr"] = "file"
+    """`file`: `logs/server.log` in `home`, ten megabytes at a time. With a config file the default is `stderr`."""
+
+    log_format: Literal["text", "json"] = "text"
+    """`json`: one object a line, for machines."""
+
+    access_log: bool = False
+    """A line for each request, with who asked and how long it took."""
+
+    # --- Devices and prices
+
+    devices: tuple[str, ...] | None = None
+    """What runs are placed on, e.g. `["cuda:0", "cuda:1"]`. Left out: what the machine has."""
+
+    usd_per_hour: dict[str, float] = Field(default_factory=dict)
+    """What an hour costs, by a device's name as `flash gpus` shows it, or for all as `gpu` or `cpu`. Budgets of keys
+    go by it; left out, one's own hardware costs nothing."""
+
+    # --- Workers: leases, patience, retries
 
     heartbeat_s: float = Field(default=5.0, gt=0)
-    lease_s: float = Field(default=30.0, gt=0)
-    claim_timeout_s: float = Field(default=120.0, gt=0)  # from launch to claim
-    stall_s: dict[str, float] = Field(default_factory=dict)  # by phase, over STALL_S
-    exit_grace_s: float = Field(default=15.0, ge=0)  # from a worker's last word to its process's end
-    cancel_grace_s: float = Field(default=120.0, ge=0)  # from the wish to the kill
-    flush_grace_s: float = Field(default=300.0, ge=0)  # from the wall-clock limit to the kill
-    orphan_grace_s: float = Field(default=30.0, ge=0)
-    draft_grace_s: float = Field(default=3600.0, ge=0)  # age at which a half-written object is removed
-    work_grace_s: float = Field(default=3600.0, ge=0)  # from a run's end to the removal of its work folder
-    clean_interval_s: float = Field(default=600.0, ge=0)
-    backoff_first_s: float = Field(default=2.0, ge=0)
-    backoff_max_s: float = Field(default=60.0, ge=0)
-    fruitless_limit: int = Field(default=3, ge=1)
-    wall_clock_min_s: float = Field(default=3600.0, gt=0)
-    wall_clock_factor: float = Field(default=3.0, gt=0)
-    wall_clock_unknown_s: float = Field(default=86400.0, gt=0)  # where no estimate can be made
+    """How often a worker reports."""
 
-    engine: Literal["auto", "flash", "vllm"] = "auto"  # auto: vLLM on GPUs where it is installed, else the built-in one
-    engine_wait_s: float = Field(default=120.0, ge=0)  # how long a request waits for an engine that has to start
-    engine_want_s: float = Field(default=60.0, gt=0)  # a queued engine that no one waited for so long is dropped
-    engine_load_s: float = Field(default=3600.0, gt=0)  # from its host's first report to a loaded base
-    engine_idle_s: float = Field(default=300.0, ge=0)  # without a request for so long, an engine leaves; 0: never
-    engine_yield_s: float = Field(default=5.0, ge=0)  # the same, where something else waits for its device
-    engine_drain_s: float = Field(default=120.0, ge=0)  # from being asked to leave to the kill
-    engine_silence_s: float = Field(default=600.0, gt=0)  # from one piece of an answer to the next
-    engine_rows: int = Field(default=64, ge=1)  # completions that an engine decodes at once
-    engine_waiting: int = Field(default=256, ge=0)  # requests that wait for a row; one more gets 429
-    engine_cache_bytes: int = Field(default=1 << 30, ge=0)  # of cached prefixes
-    engine_adapters: int = Field(default=32, ge=1)  # adapters on an engine's device at once
-    engine_disk_bytes: int = Field(default=16 << 30, ge=0)  # of adapters' files in the cache folder
-    engine_threads: int = Field(default=0, ge=0)  # of an engine on a CPU; 0: as many as there are cores
-    max_requests: int = Field(default=512, ge=1)  # open at once on their way to engines
-    smoke_s: float = Field(default=300.0, gt=0)  # a deploy's smoke completion, the fetch of its adapter included
+    lease_s: float = Field(default=30.0, gt=0)
+    """A worker that was silent for so long has lost its attempt; it stops by itself before that."""
+
+    claim_timeout_s: float = Field(default=120.0, gt=0)
+    """From a worker's launch to its first report."""
+
+    stall_s: dict[str, float] = Field(default_factory=dict)
+    """Seconds without progress before an attempt counts as stalled, by phase, e.g. `training`."""
+
+    exit_grace_s: float = Field(default=15.0, ge=0)
+    """From a worker's last word to its process's end."""
+
+    cancel_grace_s: float = Field(default=120.0, ge=0)
+    """From a cancel to the kill."""
+
+    flush_grace_s: float = Field(default=300.0, ge=0)
+    """From a run's time limit to the kill."""
+
+    orphan_grace_s: float = Field(default=30.0, ge=0)
+    """From the sight of a worker that nobody owns to its kill."""
+
+    backoff_first_s: float = Field(default=2.0, ge=0)
+    """Before the first retry; it doubles from there."""
+
+    backoff_max_s: float = Field(default=60.0, ge=0)
+    """The longest wait before a retry."""
+
+    fruitless_limit: int = Field(default=3, ge=1)
+    """Attempts in a row without a new checkpoint after which a run fails."""
+
+    wall_clock_min_s: float = Field(default=3600.0, gt=0)
+    """The least time limit of a run."""
+
+    wall_clock_factor: float = Field(default=3.0, gt=0)
+    """A run's time limit over its estimate."""
+
+    wall_clock_unknown_s: float = Field(default=86400.0, gt=0)
+    """The time limit where no estimate can be made."""
 
     reconcile_interval_s: float = Field(default=1.0, gt=0)
-    idle_exit_s: float = Field(default=1800.0, ge=0)  # 0: never
-    graceful_shutdown_s: int = Field(default=2, ge=0)
-    stream_poll_s: float = Field(default=1.0, gt=0)
-    max_body: int = Field(default=16 << 20, gt=0)
-    max_archive: int = Field(default=64 << 20, gt=0)
+    """How often runs and workers are looked at when nothing happens."""
 
-    # Where `github:` environments come from. The token is GITHUB_TOKEN of the server's own environment.
+    leader_lease_s: float = Field(default=15.0, ge=2)
+    """With several servers: after so long without a sign of the leading one another takes the lead."""
+
+    # --- Engines: serving
+
+    engine: Literal["auto", "flash", "vllm"] = "auto"
+    """`auto`: vLLM on GPUs where it is installed, else the built-in one."""
+
+    engine_wait_s: float = Field(default=120.0, ge=0)
+    """How long a request waits for an engine that has to start."""
+
+    engine_want_s: float = Field(default=60.0, gt=0)
+    """A queued engine that no one waited for so long is dropped."""
+
+    engine_load_s: float = Field(default=3600.0, gt=0)
+    """From its host's first report to a loaded base."""
+
+    engine_idle_s: float = Field(default=300.0, ge=0)
+    """Without a request for so long, an engine leaves; 0: never."""
+
+    engine_yield_s: float = Field(default=5.0, ge=0)
+    """The same, where something else waits for its device."""
+
+    engine_drain_s: float = Field(default=120.0, ge=0)
+    """From being asked to leave to the kill."""
+
+    engine_silence_s: float = Field(default=600.0, gt=0)
+    """From one piece of an answer to the next."""
+
+    engine_rows: int = Field(default=64, ge=1)
+    """Completions that an engine decodes at once."""
+
+    engine_waiting: int = Field(default=256, ge=0)
+    """Requests that wait for a row; one more gets 429."""
+
+    engine_cache_bytes: int = Field(default=1 << 30, ge=0)
+    """Of cached prefixes."""
+
+    engine_adapters: int = Field(default=32, ge=1)
+    """Adapters on an engine's device at once."""
+
+    engine_disk_bytes: int = Field(default=16 << 30, ge=0)
+    """Of adapters' files in the cache folder."""
+
+    engine_threads: int = Field(default=0, ge=0)
+    """Of an engine on a CPU; 0: as many as there are cores."""
+
+    max_requests: int = Field(default=512, ge=1)
+    """Requests open at once on their way to engines."""
+
+    smoke_s: float = Field(default=300.0, gt=0)
+    """For a deploy's smoke completion, the fetch of its adapter included."""
+
+    # --- Requests
+
+    stream_poll_s: float = Field(default=1.0, gt=0)
+    """How often a followed run is looked at for what another server wrote."""
+
+    max_body: int = Field(default=16 << 20, gt=0)
+    """Bytes of a request's body."""
+
+    max_archive: int = Field(default=64 << 20, gt=0)
+    """Bytes of an environment's archive."""
+
+    # --- Cleaning up
+
+    draft_grace_s: float = Field(default=3600.0, ge=0)
+    """The age at which a half-written object is removed."""
+
+    work_grace_s: float = Field(default=3600.0, ge=0)
+    """From a run's end to the removal of its work folder."""
+
+    clean_interval_s: float = Field(default=600.0, ge=0)
+    """How often it is looked for what nobody needs."""
+
+    # --- Environments from GitHub
+
     github_api_url: str = Field(default="https://api.github.com", pattern="^https?://[^/]+")
+    """Where `github:` environments come from."""
+
     github_token: SecretStr | None = None
-    github_timeout_s: float = Field(default=15.0, gt=0)  # each connection and each read
-    github_deadline_s: float = Field(default=50.0, gt=0)  # a whole fetch; clients wait 60 s for an answer
-    github_allow_private: bool = False  # redirects may lead into a private network (GitHub Enterprise)
-    github_fetches: int = Field(default=4, ge=1)  # at once; more are told to come again
+    """For private repositories. As a variable it has its customary name, `GITHUB_TOKEN`."""
+
+    github_timeout_s: float = Field(default=15.0, gt=0)
+    """For each connection and each read."""
+
+    github_deadline_s: float = Field(default=50.0, gt=0)
+    """For a whole fetch; clients wait 60 s for an answer."""
+
+    github_allow_private: bool = False
+    """Redirects may lead into a private network (GitHub Enterprise)."""
+
+    github_fetches: int = Field(default=4, ge=1)
+    """At once; more are told to come again."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_switch_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("must not be true or false")
+        return value
 
     @field_validator("stall_s")
     @classmethod
@@ -123,39 +293,15 @@ class ServerSettings(BaseModel):
         )
 
     @property
+    def vault_key(self) -> Path:
+        return self.vault_key_file or self.home / "vault.key"
+
+    @property
     def database(self) -> URL:
         if self.database_url is not None:
-            return make_url(self.database_url)
+            return normal_url(self.database_url)
         return URL.create("sqlite", database=str(self.home / "flash.db"))
 
     @property
     def store(self) -> str:
         return self.store_url or (self.home / "artifacts").resolve().as_uri()
-
-
-def load_settings(home: Path, environment: Mapping[str, str] = os.environ, **given: Any) -> ServerSettings:
-    """Settings for `home`, with FLASH_SERVER_* on top and `given` over those."""
-    values: dict[str, Any] = {}
-    for name, field in ServerSettings.model_fields.items():
-        text = environment.get("GITHUB_TOKEN" if name == "github_token" else PREFIX + name.upper())
-        if text is not None and name != "home":
-            values[name] = _read(text, str(field.annotation))
-    try:
-        return ServerSettings(home=home.absolute(), **{**values, **given})
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        raise InvalidInput(
-            f"server setting {name} = {first['input']!r:.80}: {first['msg']}",
-            remedy=f"set {PREFIX}{name.upper()} right, or leave it out",
-        ) from None
-
-
-def _read(text: str, annotation: str) -> Any:
-    """Lists are comma-separated, tables are name=value pairs; the rest is left to the field's type."""
-    if "tuple" in annotation:
-        return tuple(part.strip() for part in text.split(",") if part.strip())
-    if "dict" in annotation:
-        pairs = (part.partition("=") for part in text.split(",") if part.strip())
-        return {name.strip(): value.strip() for name, _, value in pairs}
-    return text

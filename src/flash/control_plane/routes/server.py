@@ -1,10 +1,11 @@
-"""The server about itself: health, who am I, stop."""
+"""The server about itself: health, readiness, who am I, stop."""
 
 from __future__ import annotations
 
 import os
+from typing import Literal
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Response
 from pydantic import BaseModel
 
 from flash import __version__
@@ -25,7 +26,16 @@ class Health(BaseModel):
 class WhoAmI(BaseModel):
     org: str
     role: str
+    key: str  # its id
+    name: str
     server: str
+
+
+class Readiness(BaseModel):
+    """`parts`: "ok", or what is wrong with it."""
+
+    status: Literal["ready", "not ready"]
+    parts: dict[str, str]
 
 
 class ReachableDevice(BaseModel):
@@ -45,9 +55,19 @@ def health() -> Health:
     return Health(status="ok", version=__version__, pid=os.getpid(), sqlite_version=SQLITE_VERSION)
 
 
+@router.get("/ready", responses={503: {"model": Readiness, "description": "not now"}})
+def ready(plane: Plane, response: Response) -> Readiness:
+    """Whether requests are welcome here: for load balancers, without a key."""
+    found = plane.readiness.parts()
+    whole = all(words == "ok" for words in found.values())
+    response.status_code = 200 if whole else 503
+    return Readiness(status="ready" if whole else "not ready", parts=found)
+
+
 @router.get("/whoami")
 def whoami(me: Me, plane: Plane) -> WhoAmI:
-    return WhoAmI(org=me.org, role=me.role.word, server=plane.api_url)
+    server = plane.settings.public_url or plane.api_url
+    return WhoAmI(org=me.org, role=me.role.word, key=me.key_id, name=me.name, server=server)
 
 
 @router.get("/hardware")
