@@ -53,6 +53,13 @@ def test_an_answer_and_its_usage(scripted):
     assert request.sampling.max_tokens == 4096 - len(request.prompt), "an answer may fill what the context leaves"
 
 
+def test_a_limit_that_no_one_asked_for_is_bounded(scripted):
+    site = scripted("ok", context_length=262_144)
+    chat(site)
+    chat(site, max_tokens=200_000)
+    assert [request.sampling.max_tokens for request in site.engine.requests] == [8192, 200_000]
+
+
 def test_a_stream_says_the_same(scripted):
     site = scripted("Grüße, 日本 🙂")
     stream = chat(site, stream=True, stream_options={"include_usage": True})

@@ -210,11 +210,13 @@ def test_what_a_host_does_without_its_planes_consent(plane, tmp_path, status, lo
     assert told == [lost]
 
 
+@pytest.mark.slow
 def test_it_ends_when_no_plane_is_there(tmp_path):
     with process(hello(tmp_path, lease_s=0.5)) as started:
         assert ended(started)[0] == 4
 
 
+@pytest.mark.slow
 def test_a_base_that_can_not_be_loaded_is_told(plane, tmp_path):
     with process(hello(tmp_path, plane_url=plane.url, source=str(tmp_path / "missing"))) as started:
         status, _ = ended(started)

@@ -24,6 +24,9 @@ from flash.serving.openai import ApiError, ChatRequest, CompletionRequest
 from flash.serving.text import Characters, StopCutter, ThinkingSplitter, ToolCall, ToolCalls, Vocabulary
 
 News = Prefilled | Sampled | Failed
+# Without a limit of its own, an answer may fill what the context leaves, up to this: engines reserve room for the
+# longest possible answer, and a context of 262,144 tokens reserved for each would leave room for one.
+_UNASKED_TOKENS = 8192
 _LEAST_LOGPROB = -9999.0  # JSON has no infinity; OpenAI's own stand-in
 
 
@@ -145,10 +148,10 @@ def _check_text(value: Any, param: str) -> None:
 
 
 def _limit(served: Served, prompt: int, asked: int | None, param: str) -> int:
-    """How many tokens may be sampled; without a wish, what the context leaves."""
+    """How many tokens may be sampled."""
     left = served.context_length - prompt
     if asked is None and left >= 1:
-        return left
+        return min(left, _UNASKED_TOKENS)
     if asked is None or asked > left:
         wanted = f"{prompt} in the {param}" + (f", {asked} in the completion" if asked is not None else "")
         raise ApiError(

@@ -264,7 +264,7 @@ class Tool(BaseModel):
 
 
 class ChatRequest(_Request):
-    """`POST /v1/chat/completions`. Without a limit, an answer may fill what the context leaves."""
+    """`POST /v1/chat/completions`. Without a limit, an answer may fill what the context leaves, up to 8,192 tokens."""
 
     messages: list[dict[str, Any]] = Field(min_length=1, max_length=100_000)
     max_tokens: Count | None = None
