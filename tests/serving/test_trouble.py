@@ -211,3 +211,15 @@ def test_one_load_serves_all_who_wait_for_it(scripted, tmp_path):
     for thread in threads:
         thread.join()
     assert site.sums()["flash_engine_adapter_loads_total"] == 1
+
+
+def test_a_body_that_is_too_large(scripted):
+    site = scripted("ok")
+    try:
+        answer = site.http.post(CHAT, content=b'{"model": "m", "messages": "' + b"x" * (33 << 20) + b'"}')
+    except httpx.TransportError:
+        pass  # the answer came, and the connection went, while it was still sending
+    else:
+        assert answer.status_code == 413
+        assert "33,554,432" in answer.json()["error"]["message"]
+    until(lambda: at_rest(site))
