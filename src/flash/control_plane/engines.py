@@ -50,7 +50,6 @@ class EngineSnapshot:
     unused_s: float = 0.0  # since its last request ended; 0 while one is open
     unwanted_s: float = 0.0  # since someone last waited for it
     reason: str | None = None
-    failed: bool = False  # its host said why it can't serve
 
 
 # --- what decide says ---------------------------------------------------------------------------------
@@ -215,6 +214,8 @@ class Engines:
         busy = row.in_flight > 0 or self._plane.traffic.open_on(row.id) > 0
         if busy:
             watch_.restart(row.id, "used")
+        elif self._plane.database.shared:  # other servers pass requests on too
+            watch_.unchanged(row.stats.get("requests_total"), row.id, "used")
         return EngineSnapshot(
             engine_id=row.id,
             model=row.model,
@@ -224,12 +225,11 @@ class Engines:
             handle=row.handle,
             probe=probe,
             found=listed.get(row.id),
-            silent_s=watch_.elapsed(row.id, "beat") if reporting else 0.0,
+            silent_s=watch_.unchanged(row.heartbeat_at, row.id, "beat") if reporting else 0.0,
             state_s=watch_.elapsed(row.id, "state", row.state),
             unused_s=0.0 if busy else watch_.elapsed(row.id, "used"),
             unwanted_s=watch_.elapsed(row.id, "wanted") if row.state is EngineState.WAITING else 0.0,
             reason=row.reason,
-            failed=row.error is not None,
         )
 
     def apply(self, action: EngineAction) -> bool:
