@@ -114,16 +114,17 @@ def test_an_org_sees_its_own_names_newest_first(database: Database):
 
 def test_an_engine_is_wanted_once_and_again_when_it_is_over(database: Database):
     with database.write() as connection:
-        first, new = engines.want(connection, "flash/nano", work_root="/w", now=1.0)
-        assert new and (first.state, first.work_dir) == (EngineState.WAITING, f"/w/{first.id}")
-        assert engines.want(connection, "flash/nano", work_root="/w", now=2.0) == (first, False)
-        other, _ = engines.want(connection, "other/base", work_root="/w", now=2.0)
+        first = engines.want(connection, "flash/nano", work_root="/w", now=1.0)
+        assert (first.state, first.work_dir) == (EngineState.WAITING, f"/w/{first.id}")
+        assert engines.want(connection, "flash/nano", work_root="/w", now=2.0).id == first.id
+        assert engines.get(connection, first.id).heartbeat_at == 2.0, "it is still waited for"
+        other = engines.want(connection, "other/base", work_root="/w", now=2.0)
         assert engines.change(
             connection, first.id, source=engines.LIVE, target=EngineState.DRAINING, now=3.0, reason="idle"
         )
         assert [engine.id for engine in engines.live(connection)] == [first.id, other.id]
-        second, new = engines.want(connection, "flash/nano", work_root="/w", now=4.0)
-        assert new and second.id != first.id
+        second = engines.want(connection, "flash/nano", work_root="/w", now=4.0)
+        assert second.id != first.id
         assert not engines.change(connection, first.id, source=[EngineState.READY], target=EngineState.ENDED, now=5.0)
         assert engines.change(connection, first.id, source=engines.LIVE, target=EngineState.ENDED, now=5.0)
         assert engines.usable(connection, "flash/nano") == second
@@ -135,7 +136,7 @@ def test_an_engine_is_wanted_once_and_again_when_it_is_over(database: Database):
 
 def test_a_token_is_for_an_engine_that_was_not_launched_and_goes_with_it(database: Database):
     with database.write() as connection:
-        engine, _ = engines.want(connection, "flash/nano", work_root="/w", now=1.0)
+        engine = engines.want(connection, "flash/nano", work_root="/w", now=1.0)
         assert not engines.issue_token(connection, engine.id, sha256="a" * 64, sealed=b"x")
         waiting = [EngineState.WAITING]
         engines.change(connection, engine.id, source=waiting, target=EngineState.LAUNCHING, now=2.0, device="cpu")
@@ -150,7 +151,7 @@ def test_a_token_is_for_an_engine_that_was_not_launched_and_goes_with_it(databas
 def test_who_waits_for_an_engine_is_told_of_its_changes_and_not_of_its_heartbeats(database: Database):
     told: list[set[str]] = []
     with database.write() as connection:
-        engine, _ = engines.want(connection, "flash/nano", work_root="/w", now=1.0)
+        engine = engines.want(connection, "flash/nano", work_root="/w", now=1.0)
     database.on_commit(told.append)
     with database.write() as connection:
         engines.record_heartbeat(connection, engine.id, in_flight=1, stats={"tokens": 2.0}, now=2.0)

@@ -22,6 +22,7 @@ from flash.records import EngineState, EngineView
 from flash.storage import engines
 
 _CONNECT_S = 10.0
+_SAY_AGAIN_S = 2.0  # between two signs that someone waits for a queued engine
 _LOOK_AGAIN_S = 1.0  # a wait is ended by the engine's change; this is for changes that another server committed
 
 
@@ -76,16 +77,14 @@ async def find_host(
 
 def want(plane: Services, model: str) -> tuple[engines.EngineRow, str | None]:
     """The base's engine, put into the queue if there is none, and its token once it has one."""
+    now = plane.clock()
     with plane.database.read() as connection:
         row = engines.usable(connection, model)
-    if row is None:
+    if row is None or (row.state is EngineState.WAITING and now - (row.heartbeat_at or 0.0) >= _SAY_AGAIN_S):
         work_root = str(plane.settings.home / "work" / "engines")
         with plane.database.write() as connection:
-            row, _ = engines.want(connection, model, work_root=work_root, now=plane.clock())
-        plane.stopwatches.restart(row.id, "wanted")
+            row = engines.want(connection, model, work_root=work_root, now=now)
         plane.wake.set()
-    if row.state is EngineState.WAITING:
-        plane.stopwatches.restart(row.id, "wanted")
     return row, None if row.sealed_token is None else plane.vault.unseal(row.id, TOKEN, row.sealed_token)
 
 

@@ -25,6 +25,7 @@ from flash.storage import engines, identity
 
 log = logging.getLogger("flash.engines")
 
+IDLE = "idle_s"  # the statistic that says since when a host has had no request
 TOKEN = "token"  # the name under which the vault seals an engine's token
 STARTED = (EngineState.LAUNCHING, EngineState.LOADING, EngineState.READY)
 _LOG_TAIL = 2000  # characters of a dead host's log that its error keeps
@@ -211,11 +212,11 @@ class Engines:
     def see(self, row: engines.EngineRow, probe: Probe | None, listed: Mapping[str, str]) -> EngineSnapshot:
         watch_ = self._plane.stopwatches
         reporting = row.state in (EngineState.LOADING, EngineState.READY, EngineState.DRAINING)
+        silent_s = watch_.unchanged(row.heartbeat_at, row.id, "beat") if row.heartbeat_at else 0.0
+        # Requests may have come through another server: the host's own count is as old as its last heartbeat.
         busy = row.in_flight > 0 or self._plane.traffic.open_on(row.id) > 0
         if busy:
             watch_.restart(row.id, "used")
-        elif self._plane.database.shared:  # other servers pass requests on too
-            watch_.unchanged(row.stats.get("requests_total"), row.id, "used")
         return EngineSnapshot(
             engine_id=row.id,
             model=row.model,
@@ -225,10 +226,10 @@ class Engines:
             handle=row.handle,
             probe=probe,
             found=listed.get(row.id),
-            silent_s=watch_.unchanged(row.heartbeat_at, row.id, "beat") if reporting else 0.0,
+            silent_s=silent_s if reporting else 0.0,
             state_s=watch_.elapsed(row.id, "state", row.state),
-            unused_s=0.0 if busy else watch_.elapsed(row.id, "used"),
-            unwanted_s=watch_.elapsed(row.id, "wanted") if row.state is EngineState.WAITING else 0.0,
+            unused_s=0.0 if busy else min(watch_.elapsed(row.id, "used"), (row.stats.get(IDLE) or 0.0) + silent_s),
+            unwanted_s=silent_s if row.state is EngineState.WAITING else 0.0,
             reason=row.reason,
         )
 
@@ -349,11 +350,8 @@ def _vllm_python(settings: ServerSettings, device: str) -> str | None:
 
 def record_heartbeat(plane: Services, row: engines.EngineRow, beat: EngineHeartbeat) -> EngineAnswer:
     """What a host says of itself, and what is wanted of it."""
-    plane.stopwatches.restart(row.id, "beat")
-    if beat.in_flight or beat.idle_s < plane.settings.heartbeat_s:  # another server may have passed requests on
-        plane.stopwatches.restart(row.id, "used")
     now = plane.clock()
-    stats = dict(list(beat.stats.items())[:200])
+    stats = {**dict(list(beat.stats.items())[:200]), IDLE: beat.idle_s}
     with plane.database.write() as connection:
         in_flight = max(0, min(beat.in_flight, 10**6))
         engines.record_heartbeat(connection, row.id, in_flight=in_flight, stats=stats, now=now)

@@ -69,25 +69,29 @@ def usable(connection: Connection, model: str) -> EngineRow | None:
     return None if row is None else _engine(row)
 
 
-def want(connection: Connection, model: str, *, work_root: str, now: float) -> tuple[EngineRow, bool]:
-    """The base's usable engine, and whether it was only now put into the queue."""
+def want(connection: Connection, model: str, *, work_root: str, now: float) -> EngineRow:
+    """The base's usable engine, put into the queue if there is none; one in the queue learns that it is waited for."""
+    table = schema.engines
     found = usable(connection, model)
-    if found is not None:
-        return found, False
-    engine_id = new_engine_id(now)
-    connection.execute(
-        insert(schema.engines).values(
-            id=engine_id,
-            model=model,
-            state=EngineState.WAITING.value,
-            work_dir=f"{work_root}/{engine_id}",
-            token_sha256="",
-            created_at=now,
-            in_flight=0,
-            stats={},
+    if found is None:
+        engine_id = new_engine_id(now)
+        connection.execute(
+            insert(table).values(
+                id=engine_id,
+                model=model,
+                state=EngineState.WAITING.value,
+                work_dir=f"{work_root}/{engine_id}",
+                token_sha256="",
+                created_at=now,
+                heartbeat_at=now,
+                in_flight=0,
+                stats={},
+            )
         )
-    )
-    return get(connection, engine_id), True
+        return get(connection, engine_id)
+    waiting = (table.c.id == found.id) & (table.c.state == EngineState.WAITING.value)
+    connection.execute(update(table).where(waiting).values(heartbeat_at=now))
+    return found
 
 
 def get(connection: Connection, engine_id: str) -> EngineRow:

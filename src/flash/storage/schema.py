@@ -319,7 +319,7 @@ engines = Table(
     Column("url", Text),
     Column("created_at", Double, nullable=False),
     Column("ready_at", Double),
-    Column("heartbeat_at", Double),
+    Column("heartbeat_at", Double),  # of its host; while it waits for a device: of those who wait for it
     Column("ended_at", Double),
     Column("in_flight", Integer, nullable=False),
     Column("stats", Json, nullable=False),
