@@ -5,18 +5,15 @@ from __future__ import annotations
 import json
 import os
 import random
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-from layout_checkpoints import LAYOUTS, Layout, save_checkpoint
-from layout_proofs import RESULTS_VARIABLE
-from layout_runs import ENVIRONMENT, Run
+from tests.layouts.checkpoints import LAYOUTS, Layout, save_checkpoint
+from tests.layouts.proofs import RESULTS_VARIABLE
+from tests.layouts.runs import ENVIRONMENT, Run
 
 from flash.config.run import RunSpec
 from flash.environments.loading import LocalEnvironment

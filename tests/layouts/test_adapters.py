@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from layout_checkpoints import LAYOUTS, Layout
-from layout_proofs import proves
-from layout_runs import Run, sft_spec
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tests.layouts.checkpoints import LAYOUTS, Layout
+from tests.layouts.proofs import proves
+from tests.layouts.runs import Run, sft_spec
 from transformers import AutoModelForCausalLM
 
 from flash.catalog.catalog import load_catalog

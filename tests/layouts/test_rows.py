@@ -14,8 +14,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from layout_checkpoints import LAYOUTS, Layout
-from layout_proofs import proves
+from tests.layouts.checkpoints import LAYOUTS, Layout
+from tests.layouts.proofs import proves
 
 from flash.errors import ModelError
 from flash.inference.engine import Request, Sampling

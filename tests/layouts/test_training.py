@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from layout_checkpoints import Layout
-from layout_proofs import proves
-from layout_runs import Run, grpo_spec, sft_spec
+from tests.layouts.checkpoints import Layout
+from tests.layouts.proofs import proves
+from tests.layouts.runs import Run, grpo_spec, sft_spec
 
 from flash.errors import ModelError
 from flash.inference.chat import ChatRenderer

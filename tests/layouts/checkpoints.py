@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -154,7 +154,10 @@ def _tokenizer(layout: Layout) -> PreTrainedTokenizerFast:
     merges = [("Ċ", "Ċ"), ("i", "n"), ("e", "r"), ("Ġ", "a")]
     vocab |= {first + second: len(vocab) + number for number, (first, second) in enumerate(merges)}
     inner = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    runs = Regex(r"\s*[\r\n]+|[^\s]+|\s+(?!\S)|\s+")  # line breaks stay together, whatever follows them
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(runs, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     inner.decoder = decoders.ByteLevel()
     plain = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
     inner.add_tokens([AddedToken(token, special=False, normalized=False) for token in plain])
