@@ -232,7 +232,7 @@ class Attempt:
         self.process.stdin.write(json.dumps(start).encode() + b"\n")
         self.process.stdin.close()
 
-    def wait(self, timeout_s: float = 20) -> int:
+    def wait(self, timeout_s: float = 90) -> int:
         return self.process.wait(timeout_s)
 
     def said(self) -> str:
@@ -279,7 +279,7 @@ def attempt(plane: ScriptedPlane, tmp_path: Path) -> Iterator[Callable[..., Atte
         one.end()
 
 
-def until(condition: Callable[[], Any], timeout_s: float = 15.0) -> Any:
+def until(condition: Callable[[], Any], timeout_s: float = 60.0) -> Any:
     """Waits for a condition; the test fails if it doesn't come."""
     deadline = time.monotonic() + timeout_s
     while not (value := condition()):

@@ -50,7 +50,7 @@ def done() -> None:
 
 job = receive("job")
 mode = sys.argv[1]
-if mode in ("ask", "train"):  # as a real one, which can't train before it has rows
+if mode in ("ask", "train", "whisper"):  # as a real one, which can't train before it has rows
     info = call("info")
 if mode == "fetch":  # a model that comes slowly
     call("info")
