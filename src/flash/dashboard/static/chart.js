@@ -1,7 +1,7 @@
 // Lines over steps: drawn as SVG from points that the server has thinned already. Owns scales, smoothing, the band
 // between extremes, the cursor, and zooming by pointer or keyboard. Knows no run and no metric's meaning.
 
-import { announce, fill, h } from "./dom.js";
+import { announce, fill, h, keep } from "./dom.js";
 import { number } from "./text.js";
 
 const HEIGHT = 176;
@@ -24,7 +24,7 @@ export function smoothed(values, weight) {
 }
 
 /**
- * A chart. `update({lines, x, weight, log, from, to})` draws: `x` are the steps, each line {label, colour, values, low,
+ * A chart. `update({lines, x, weight, log, from, to, legend})` draws: `x` are the steps, each line {label, colour, values, low,
  * high, x?}. `onzoom(from, to)` is called when the reader picks a part, `onzoom(null)` for all.
  */
 export class Chart {
@@ -45,7 +45,8 @@ export class Chart {
       this.width = width;
       if (this.data) this.update(this.data);
     }).observe(this.svg);
-    this.node = h("section", { class: "card chart", "aria-label": title }, h("h3", null, h("span", null, title), this.output), this.svg);
+    this.legend = h("ul", { class: "legend", hidden: true });
+    this.node = h("section", { class: "card chart", "aria-label": title }, h("h3", null, h("span", null, title), this.output), this.svg, this.legend);
     this.svg.addEventListener("pointermove", (event) => this.#move(event));
     this.svg.addEventListener("pointerleave", () => { if (!this.drag) this.#point(null); });
     this.svg.addEventListener("pointerdown", (event) => { if (event.button === 0 && this.onzoom) this.drag = { from: this.#stepAt(event), pointer: event.pointerId }; });
@@ -70,6 +71,8 @@ export class Chart {
     const last = lines.map((line) => line.shown.findLast((value) => value !== null));
     this.output.textContent = lines.length === 1 && last[0] !== undefined ? number(last[0]) + this.unit : "";
     this.svg.setAttribute("aria-label", this.#words());
+    this.legend.hidden = !data.legend || lines.length < 2;
+    if (!this.legend.hidden) keep(this.legend, lines.map((line) => [line.label, line.colour]), (names) => names.map(([label, colour]) => h("li", null, h("span", { class: `t${colour}` }, h("span", { class: "swatch" })), label)));
   }
 
   #scale(lines) {

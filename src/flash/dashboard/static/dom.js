@@ -66,12 +66,12 @@ export function select(options, value, onchange, attributes = {}) {
   return node;
 }
 
-/** A table whose body scrolls sideways on a narrow screen, with a caption for those who can't see it. */
+/** A table that scrolls sideways on a narrow screen, with a caption for those who can't see it. "#Step" heads numbers. */
 export function table(caption, headings, rows, attributes = {}) {
   return h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": caption },
     h("table", attributes,
       h("caption", { class: "unseen" }, caption),
-      h("thead", null, h("tr", null, headings.map((each) => h("th", { scope: "col" }, each)))),
+      h("thead", null, h("tr", null, headings.map((each) => (each.startsWith("#") ? h("th", { scope: "col", class: "number" }, each.slice(1)) : h("th", { scope: "col" }, each))))),
       h("tbody", null, rows)));
 }
 

@@ -71,7 +71,7 @@ async function rows(body, asked, query, signal, at) {
 
 function runsTable(runs) {
   if (!runs.length) return empty("No run uses this environment yet.");
-  return table("Runs on this environment", ["Run", "State", "Model", "Algorithm", "Step", "Submitted"], runs.map((run) => h("tr", null, h("th", { scope: "row" }, link(runPath(run.run_id), {}, run.run_id)),
+  return table("Runs on this environment", ["Run", "State", "Model", "Algorithm", "#Step", "Submitted"], runs.map((run) => h("tr", null, h("th", { scope: "row" }, link(runPath(run.run_id), {}, run.run_id)),
     h("td", null, h("span", { class: `state ${run.state}` }, run.state)), h("td", null, run.model), h("td", null, run.algorithm), h("td", { class: "number" }, count(run.step)), h("td", null, ago(run.created_at)))));
 }
 

@@ -8,7 +8,7 @@ import { ago, bytes, count } from "../text.js";
 export async function show({ main, signal }) {
   const { environments } = await get("/api/environments", {}, signal);
   fill(main, h("h1", { tabindex: "-1" }, "Environments"),
-    environments.length ? table("Environments", ["Environment", "Version", "Files", "Size", "Pushed", ""], environments.map((each) => {
+    environments.length ? table("Environments", ["Environment", "Version", "#Files", "#Size", "Pushed", ""], environments.map((each) => {
       const id = `${each.namespace}/${each.name}`;
       return h("tr", null, h("th", { scope: "row" }, environmentLink(id, null)), h("td", { class: "mono" }, each.sha256.slice(0, 12)), h("td", { class: "number" }, count(each.files.length)),
         h("td", { class: "number" }, bytes(each.size)), h("td", null, ago(each.created_at)), h("td", null, link("/start", { environment: id }, "Start a run")));

@@ -10,12 +10,12 @@ export async function show({ main, signal, poll }) {
   const bases = h("div");
   fill(main, h("h1", { tabindex: "-1" }, "Models"), h("h2", null, "Deployed"), live, h("h2", null, "Bases"), bases);
   const { models } = await get("/api/models", {}, signal);
-  fill(bases, table("Base models", ["Model", "Parameters", "Thinking", "Context", "Largest rank", "Licence", ""], models.map((model) => h("tr", null,
+  fill(bases, table("Base models", ["Model", "#Parameters", "Thinking", "#Context", "#Largest rank", "Licence", ""], models.map((model) => h("tr", null,
     h("th", { scope: "row" }, model.id, model.note ? h("div", { class: "quiet" }, model.note) : null), h("td", { class: "number" }, model.size), h("td", null, model.thinking ? "yes" : "no"), h("td", { class: "number" }, count(model.context)),
     h("td", { class: "number" }, count(model.rank_cap)), h("td", null, model.licence ?? "–"), h("td", null, link("/start", { model: model.id }, "Start a run"), " ", link("/playground", { model: model.id }, "Playground"))))));
   await poll(async () => {
     const { deployments } = await get("/api/deployments", {}, signal);
-    keep(live, deployments.map((each) => ({ ...each, ago: ago(each.deployed_at) })), (list) => (list.length ? table("Deployed runs", ["Name", "Step", "Base", "Engine", "Deployed", ""], list.map(row)) : empty("Nothing is deployed.", "Deploy a run's checkpoint from its page (", link("", {}, "all runs"), "), or from a terminal: ", code("flash deploy RUN_ID"), ".")));
+    keep(live, deployments.map((each) => ({ ...each, ago: ago(each.deployed_at) })), (list) => (list.length ? table("Deployed runs", ["Name", "#Step", "Base", "Engine", "Deployed", ""], list.map(row)) : empty("Nothing is deployed.", "Deploy a run's checkpoint from its page (", link("", {}, "all runs"), "), or from a terminal: ", code("flash deploy RUN_ID"), ".")));
     return 3;
   });
 }

@@ -11,7 +11,7 @@ import { fact } from "./run.js";
 
 const POINTS = 300;
 const JOINED = { seconds: ["seconds_sampling", "seconds_scoring", "seconds_update"] };
-const HIDDEN = new Set(["reward_std", "seconds_sampling", "seconds_scoring", "seconds_update"]);
+const HIDDEN = new Set(["reward_std", "peak_memory_bytes", "seconds_sampling", "seconds_scoring", "seconds_update"]);
 const LOGARITHMIC = new Set(["learning_rate"]);
 
 export async function open({ id, body, signal, query }) {
@@ -57,11 +57,11 @@ export async function open({ id, body, signal, query }) {
         const after = names.slice(0, names.indexOf(name)).findLast((each) => charts.has(each));
         after ? charts.get(after).node.after(made.node) : grid.prepend(made.node);
       }
-      const lines = [line(name, 0)];
+      const lines = [name in JOINED ? { ...line(name, 0), label: "all", low: null, high: null } : line(name, 0)];
       for (const [at, joined] of (JOINED[name] ?? []).entries()) {
         if (series.curves[joined]) lines.push({ ...line(joined, at + 1), label: joined.replace("seconds_", "") });
       }
-      charts.get(name).update({ x: series.steps, lines, weight, log: LOGARITHMIC.has(name) && series.curves[name].mean.some((value) => value > 0), from: zoom?.[0], to: zoom?.[1] });
+      charts.get(name).update({ x: series.steps, lines, weight, log: LOGARITHMIC.has(name) && series.curves[name].mean.some((value) => value > 0), from: zoom?.[0], to: zoom?.[1], legend: true });
     }
     keep(nothing, [names.length === 0], ([none]) => (none ? empty("Nothing reported yet.", "Metrics appear with the first step; what happens until then is in the ", link(runPath(id, "log"), {}, "log"), ".") : null));
   }
@@ -164,7 +164,7 @@ function attempts(run, events) {
 
 function saves(run, lineage) {
   if (!run.checkpoints.length) return empty("No checkpoint yet.", `One is saved every ${count(run.spec.train.save_every)} steps and at the end.`);
-  return table("Checkpoints", ["Step", "Reference", "Serve"], run.checkpoints.toReversed().map((ref) => {
+  return table("Checkpoints", ["#Step", "Reference", "Serve"], run.checkpoints.toReversed().map((ref) => {
     const step = Number(ref.split("step-")[1]);
     const live = lineage.deployed_step === step;
     return h("tr", null, h("td", { class: "number" }, count(step), ref === run.adapter_ref ? " (final)" : ""), h("td", { class: "mono" }, ref),
@@ -203,9 +203,9 @@ function beside(run, estimate) {
     ["Steps", count(estimate.steps), count(run.step)],
     ["Seconds a step", number(estimate.seconds_per_step), number(run.metrics.seconds)],
     ["Cost", usd(estimate.usd), usd(run.cost_usd)],
-    ["Memory", bytes(estimate.memory_bytes), "–"],
+    ["Memory", bytes(estimate.memory_bytes), bytes(run.metrics.peak_memory_bytes)],
   ];
-  return [table("Estimate and actual", ["", "Estimated", done ? "Actual" : "So far"], rows.map(([name, ...values]) =>
+  return [table("Estimate and actual", ["", "#Estimated", done ? "#Actual" : "#So far"], rows.map(([name, ...values]) =>
     h("tr", null, h("th", { scope: "row" }, name), values.map((value) => h("td", { class: "number" }, value))))),
   h("p", { class: "quiet" }, `Estimated for ${estimate.hardware}. `, estimate.assumptions?.length ? `Assumed: ${estimate.assumptions.join("; ")}.` : "")];
 }

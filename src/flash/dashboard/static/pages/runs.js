@@ -113,7 +113,7 @@ export async function show({ main, query, poll, signal }) {
   function drawHeads() {
     keep(heads, [view.sort, view.up], () => [h("th", { scope: "col" }, h("span", { class: "unseen" }, "Pick")), ...COLUMNS.map(([name, label]) => {
       const here = view.sort === name;
-      return h("th", { scope: "col", "aria-sort": here ? (view.up ? "ascending" : "descending") : "none" },
+      return h("th", { scope: "col", class: ["progress", "cost", "age"].includes(name) ? "number" : "", "aria-sort": here ? (view.up ? "ascending" : "descending") : "none" },
         h("button", { onclick: () => { change({ sort: name, up: here ? !view.up : false }); heads.querySelector(`[data-name="${name}"]`)?.focus(); }, dataset: { name } },
           label, here ? (view.up ? " ▲" : " ▼") : ""));
     })]);

@@ -188,7 +188,7 @@ function summary(plan) {
       ["Here", estimate.hardware, "Time", duration(estimate.wall_clock_s), "Steps", `${count(estimate.steps)} of ${number(estimate.seconds_per_step)} s`, "Rows", count(estimate.rows), "Memory", `${bytes(estimate.memory_bytes)} of ${bytes(estimate.hardware_memory_bytes)}`, "Cost", usd(estimate.usd), "Time limit", duration(plan.wall_clock_limit_s)]
         .map((each, at) => h(at % 2 ? "dd" : "dt", null, each))) : h("p", { class: "quiet" }, "Nothing can be estimated."),
     estimate?.assumptions?.length ? h("p", { class: "quiet" }, `Assumed: ${estimate.assumptions.join("; ")}.`) : null,
-    plan.alternatives.length ? h("details", null, h("summary", null, "On rented GPUs, for comparison"), table("Reference prices", ["GPU", "Time", "Cost"], plan.alternatives.map((each) => h("tr", null, h("th", { scope: "row" }, each.hardware), h("td", { class: "number" }, duration(each.wall_clock_s)), h("td", { class: "number" }, usd(each.usd)))))) : null,
+    plan.alternatives.length ? h("details", null, h("summary", null, "On rented GPUs, for comparison"), table("Reference prices", ["GPU", "#Time", "#Cost"], plan.alternatives.map((each) => h("tr", null, h("th", { scope: "row" }, each.hardware), h("td", { class: "number" }, duration(each.wall_clock_s)), h("td", { class: "number" }, usd(each.usd)))))) : null,
     h("details", null, h("summary", null, "Every value (dry run)"), table("Every value", ["Key", "Value"], rows(spec).map(([key, each, isDefault]) => h("tr", null, h("th", { scope: "row", class: "mono" }, key), h("td", { class: `mono ${isDefault ? "default" : ""}` }, shown(plain(each))))))),
   ];
 }
