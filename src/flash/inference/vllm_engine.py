@@ -313,7 +313,7 @@ class VllmEngine:
         if request.cache_scope:
             body["cache_salt"] = request.cache_scope
         if sampling.grammar is not None:
-            body["structured_outputs"] = {"json": _schema_of(sampling.grammar)}
+            body["structured_outputs"] = _structured(sampling.grammar)
         return body
 
     def _tell_choice(self, asked: _Asked, choice: dict[str, Any]) -> None:
@@ -399,9 +399,10 @@ def _prompt_scores(request: Request, found: list[dict[str, Any] | None]) -> tupl
     return tuple(scores)
 
 
-def _schema_of(grammar: str) -> Any:
-    """The JSON schema inside what `structured.compile_schema` made: vLLM compiles schemas by itself."""
-    return json.loads(grammar)["grammars"][0]["json_schema"]
+def _structured(grammar: str) -> dict[str, Any]:
+    """What `structured` made, as vLLM takes it: it compiles schemas and grammars by itself."""
+    [rule] = json.loads(grammar)["grammars"]
+    return {"json": rule["json_schema"]} if rule.get("json_schema") is not None else {"grammar": rule["lark_grammar"]}
 
 
 def _token_id(name: str) -> int:
