@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-sys.path.insert(0, str(Path(__file__).parent))
-from layouts import spec_of
+from tests.catalog.layouts import spec_of
 
 from flash.catalog.catalog import load_catalog
 from flash.catalog.cost import Dataset, check_fit, estimate, plan

@@ -12,9 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-sys.path.insert(0, str(Path(__file__).parent))
-from layouts import config_of, entry_of, spec_of
+from tests.catalog.layouts import config_of, entry_of, spec_of
 
 from flash.catalog.catalog import ModelEntry, load_catalog
 from flash.catalog.fit import choose, fits, fitted, memory_needed

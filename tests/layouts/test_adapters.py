@@ -20,12 +20,13 @@ from tests.layouts.runs import Run, sft_spec
 from transformers import AutoModelForCausalLM
 
 from flash.catalog.catalog import load_catalog
+from flash.catalog.deploying import VLLM_RANKS
 from flash.catalog.shapes import LAYOUTS as KNOWN_LAYOUTS
 from flash.client.engines import find_engine
 from flash.errors import InvalidInput
 from flash.inference.loading import BaseModel, load_base
 from flash.inference.lora import CONFIG_FILE, WEIGHTS_FILE, save_adapter
-from flash.inference.vllm_adapters import RANKS, is_wrapped, room_for, served_form
+from flash.inference.vllm_adapters import is_wrapped, room_for, served_form
 
 ROOT = Path(__file__).parents[2]
 TOKENS = torch.arange(3, 63).view(2, 30)
@@ -134,7 +135,7 @@ def test_every_models_cap_fits_into_vllm() -> None:
         assert room_for(entry.rank_cap) == entry.rank_cap
     assert [room_for(rank) for rank in (1, 8, 9, 65, 512)] == [8, 8, 16, 128, 512]
     with pytest.raises(InvalidInput, match="up to rank 512"):
-        room_for(RANKS[-1] + 1)
+        room_for(VLLM_RANKS[-1] + 1)
 
 
 def test_the_table_has_a_row_for_every_layout_and_model_of_the_catalog() -> None:

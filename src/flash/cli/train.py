@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from flash.catalog.catalog import load_catalog
+from flash.catalog.deploying import deployment_notes
 from flash.cli.output import INTERRUPTED, Globals, globals_of, note, say, say_json
 from flash.config.load import LoadedConfig, load_config
 from flash.config.recipes import dry_run_document, resolve
@@ -52,7 +54,9 @@ def train(
 
 
 def _show_dry_run(loaded: LoadedConfig, seed: int, options: Globals) -> None:
-    document = dry_run_document(resolve(loaded.config, seed=seed), loaded.warnings)
+    spec = resolve(loaded.config, seed=seed)
+    notes = deployment_notes(load_catalog().get(spec.model), spec.train.lora_rank)
+    document = dry_run_document(spec, [*loaded.warnings, *notes])
     if options.human():
         from flash.cli.render import print_dry_run
 

@@ -17,18 +17,18 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from flash.catalog.deploying import VLLM_RANKS
 from flash.errors import InvalidInput, ModelError
 from flash.inference.lora import CONFIG_FILE, WEIGHTS_FILE
 
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # vLLM makes room for adapters up to one of these
 _TEXT, _WRAPPED = "base_model.model.model.layers.", "base_model.model.model.language_model.layers."
 
 
 def room_for(rank: int) -> int:
     """The smallest of vLLM's ranks that holds adapters of this one; InvalidInput where none does."""
-    room = next((known for known in RANKS if known >= rank), None)
+    room = next((known for known in VLLM_RANKS if known >= rank), None)
     if room is None:
-        raise InvalidInput(f"rank {rank}: vLLM takes adapters up to rank {RANKS[-1]}")
+        raise InvalidInput(f"rank {rank}: vLLM takes adapters up to rank {VLLM_RANKS[-1]}")
     return room
 
 
