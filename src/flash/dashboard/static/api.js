@@ -68,15 +68,16 @@ export async function send(method, path, { query, body, signal, headers } = {}) 
 /**
  * Calls `ask` now and every so many seconds until `signal` ends: `ask` returns them, or nothing to stop. A hidden page
  * asks nothing, so that forgotten tabs neither cost a run time nor keep an idle server awake. `trouble(error | null)`
- * hears of failures and of their end.
+ * hears of failures and of their end; a first answer that is a refusal is thrown.
  */
 export function poll(ask, { signal, trouble }) {
   let timer = null;
   let failures = 0;
   let busy = false;
+  let answered = false;
   const again = (seconds) => {
     clearTimeout(timer);
-    if (!signal.aborted) timer = setTimeout(tick, seconds * 1000);
+    if (!signal.aborted) timer = setTimeout(() => tick().catch(trouble), seconds * 1000);
   };
   async function tick() {
     if (signal.aborted || busy) return;
@@ -86,19 +87,22 @@ export function poll(ask, { signal, trouble }) {
       const next = await ask();
       if (failures) trouble(null);
       failures = 0;
+      answered = true;
       if (next) again(next);
       else stop();
     } catch (error) {
       if (signal.aborted || error.name === "AbortError") return;
+      const passing = error.status === 0 || error.status >= 429;
+      if (!passing) stop();
+      if (!passing && !answered) throw error; // there is no such thing: the whole page says so
       failures += 1;
       trouble(error);
-      if (error.status === 0 || error.status >= 429) again(Math.min(30, 2 ** failures));
-      else stop();
+      if (passing) again(Math.min(30, 2 ** failures));
     } finally {
       busy = false;
     }
   }
-  const back = () => { if (!document.hidden) tick(); };
+  const back = () => { if (!document.hidden) again(0); };
   const stop = () => {
     clearTimeout(timer);
     document.removeEventListener("visibilitychange", back);

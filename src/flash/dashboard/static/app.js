@@ -21,12 +21,14 @@ const NAVIGATION = [["", "Runs"], ["environments", "Environments"], ["models", "
 const BELONGS = { runs: "", compare: "", environment: "environments" };
 
 let leaving = new AbortController();
+let refused = null; // why the link that led here let no one in
 
 async function show(parts, query) {
   leaving.abort();
   leaving = new AbortController();
   const { signal } = leaving;
-  trouble(null);
+  trouble(refused);
+  refused = null;
   const main = document.getElementById("main");
   const key = parts[0] === "runs" && parts.length < 2 ? "" : parts[0] ?? "";
   navigation(BELONGS[key] ?? key);
@@ -160,7 +162,7 @@ async function enter() {
     if (api.hasKey() && (await api.get("/api/whoami").then(() => true, () => false))) return; // it lapses unused
     await api.redeem(found[1]);
   } catch (error) {
-    trouble(error.status === 401 ? Object.assign(error, { status: 403 }) : error);
+    refused = Object.assign(error, { status: error.status === 401 ? 403 : error.status });
   }
 }
 
