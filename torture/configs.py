@@ -128,9 +128,9 @@ def mutate(dice: random.Random) -> dict[str, Any]:
         elif action == "remove":
             del holder[path[-1]]
         elif isinstance(holder, dict) and action == "rename":
-            name = path[-1]
+            name = str(path[-1])  # which an earlier change may have made a number
             middle = len(name) // 2
-            holder[name[:middle] + dice.choice(["", "_", "x", "é", "\n"]) + name[middle + 1 :]] = holder.pop(name)
+            holder[name[:middle] + dice.choice(["", "_", "x", "é", "\n"]) + name[middle + 1 :]] = holder.pop(path[-1])
         elif isinstance(holder, dict) and action == "add":
             holder[dice.choice([*NAMES, "", "x.y", "é"])] = _strange(dice)
         else:

@@ -7,6 +7,7 @@ ends at "not found".
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import tempfile
 from pathlib import Path
@@ -45,7 +46,7 @@ def calls(count: int, seed_: int) -> Tally:
             for operation in operations:
                 # A stream of an open run has no end to wait for.
                 ids = [done, theirs] if operation.path == STREAM else [done, theirs, open_]
-                _fuzz(operation, http, plane, ids, max(1, count // len(operations)), chance, tally)
+                _fuzz(operation, http, plane, ids, math.ceil(count / len(operations)), chance, tally)
         plane.close()
     tally.note = f"{len(operations)} operations"
     return tally
