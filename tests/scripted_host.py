@@ -53,7 +53,7 @@ class Handler(BaseHTTPRequestHandler):
             used = time.monotonic()
 
     def answer(self, body: dict[str, Any], headers: dict[str, str]) -> None:
-        text = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
+        text = str(body["messages"][-1].get("content", "") if "messages" in body else body["prompt"])
         if text == "stall":
             time.sleep(30)
         if text == "die" and not body.get("stream"):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +17,8 @@ from typing import Any
 
 import httpx
 import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from tests.scripted_service import Service, until
 
 from flash.storage import deployments, engines, identity
@@ -399,3 +403,49 @@ def test_metrics_count_what_happened(service: Service):
         assert line in lines, page.text
     assert [line for line in lines if line.startswith("flash_engine_requests_total{")]
     assert httpx.get(f"{service.plane.api_url}/metrics", trust_env=False).status_code == 401
+
+
+# --- made-up calls ------------------------------------------------------------------------------------
+
+TAKEN = {"method", "url", "params", "headers", "cookies", "json", "content"}
+
+
+@pytest.mark.parametrize("examples", [8, pytest.param(100, marks=pytest.mark.slow)])
+def test_no_made_up_call_is_a_5xx_or_tells_of_another_org(service: Service, examples: int):
+    mine, theirs = service.run(2, 4), service.run(4, org="others")
+    service.live(mine)
+    schema = schemathesis.openapi.from_dict(service.http.get("/openapi.json").json())
+    operations = [found.ok() for found in schema.get_all_operations()]
+    chosen = [each for each in operations if each.path.startswith(("/v1/", "/api/deployments", "/metrics"))]
+    chosen += [each for each in operations if each.path == "/worker/engines/{engine_id}/heartbeat"]
+    assert len(chosen) == 10
+    names = itertools.cycle([mine, f"{mine}/step-2", theirs, "flash/nano", None])
+    seen: Counter[int] = Counter()
+    for operation in chosen:
+
+        @seed(7)
+        @settings(
+            max_examples=examples, database=None, deadline=None, phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )  # fmt: skip
+        @given(operation.as_strategy())
+        def one(case: Any) -> None:
+            name = next(names)
+            body = case.body if isinstance(case.body, dict) else {}
+            for fields, key in ((body, "model"), (body, "run_id"), (case.path_parameters, "run_id")):
+                if name is not None and key in fields:
+                    fields[key] = name
+            if "engine_id" in case.path_parameters:
+                case.path_parameters["engine_id"] = service.engines()[0].id
+            headers = {"Authorization": f"Bearer {service.token}"}
+            request = case.as_transport_kwargs(base_url=service.plane.api_url, headers=headers)
+            try:
+                answer = service.http.request(**{key: value for key, value in request.items() if key in TAKEN})
+            except (httpx.InvalidURL, UnicodeEncodeError, httpx.LocalProtocolError):
+                return  # no such request can be sent
+            seen[answer.status_code] += 1
+            assert answer.status_code < 500, (request, answer.text)
+            assert theirs in str(request) or theirs not in answer.text
+
+        one()
+    assert {200, 400, 401, 404} <= set(seen), seen
