@@ -7,7 +7,7 @@ TORCH_INDEX ?=
 # Test processes side by side; two suit a laptop.
 JOBS    ?= 2
 
-.PHONY: setup demo demo-grpo test test-slow check torture bench docs picture constraints clean help
+.PHONY: setup demo demo-grpo test test-slow check torture bench docs layouts picture constraints clean help
 
 help:  ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,8 +55,14 @@ docs: setup  ## refresh the pages that are generated from code, and build the si
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 	@echo "site/index.html"
 
+layouts: setup  ## run the tests of every model layout and record in docs/layouts.json what they prove
+	@$(BIN)/python docs/layout_table.py && $(BIN)/python docs/generate.py
+
 picture: setup  ## record the README's picture anew: trains examples/arithmetic once
 	@$(BIN)/python docs/picture.py
+
+screenshots: setup  ## take the pictures of docs/dashboard.md anew, in this machine's Chromium
+	@$(BIN)/python docs/screenshots.py
 
 constraints: setup  ## record this environment's exact versions
 	@$(BIN)/pip freeze --exclude-editable --disable-pip-version-check | sed -e 's/+cpu$$//' -e '/ @ /d' > constraints.txt

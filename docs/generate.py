@@ -11,7 +11,9 @@ import sys
 from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
+import layout_table
 import messages
 from typer.testing import CliRunner
 
@@ -56,10 +58,14 @@ def _command_line() -> Iterator[str]:
         yield ""
         for name, entry in COMMANDS.items():
             if entry.section == section:
-                yield from _help([name])
-                if entry.is_group:
-                    for below in load_command(name, entry).commands:
-                        yield from _help([name, below])
+                yield from _helps([name], load_command(name, entry))
+
+
+def _helps(words: list[str], command: Any) -> Iterator[str]:
+    """The command's help, and then that of every one below it."""
+    yield from _help(words)
+    for name, below in getattr(command, "commands", {}).items():
+        yield from _helps([*words, name], below)
 
 
 def _help(words: list[str]) -> Iterator[str]:
@@ -157,6 +163,7 @@ def _plain(text: str) -> str:
 PARTS: dict[str, Callable[[], str]] = {
     "model-table": model_table,
     "model-form": model_form,
+    "layout-table": layout_table.table,
     "config-errors": config_errors,
     "warnings": warning_table,
     **{
