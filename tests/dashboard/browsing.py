@@ -73,10 +73,11 @@ def axe_source() -> str:
     return script.read_text()
 
 
-def axe_problems(page: Any, source: str) -> list[str]:
-    """What axe finds serious or critical on the page as it is, one line each."""
+def axe_problems(page: Any, source: str, *, rule: str | None = None) -> list[str]:
+    """What axe finds serious or critical on the page as it is, one line each; by one rule or by all."""
     page.evaluate(source)
-    found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")
+    options: dict[str, Any] = {"resultTypes": ["violations"], **({"runOnly": [rule]} if rule else {})}
+    found = page.evaluate("options => axe.run(document, options)", options)
     return [
         f"{each['id']}: {node['target']} {node['failureSummary']}"
         for each in found["violations"]

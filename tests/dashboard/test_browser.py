@@ -22,7 +22,7 @@ from flash.client import local_server
 pytestmark = pytest.mark.slow
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "arithmetic"
-PATIENCE_MS = 60_000  # on a busy machine a run or an engine takes its time
+PATIENCE_MS = 240_000  # on a busy machine a run or an engine takes its time
 
 FLAWED = '{"input": "1+1", "output": "2"}\n{"input": "1+1", "output": "3"}\n{"output": "no input"}\n'
 
@@ -412,7 +412,8 @@ def test_axe_finds_no_serious_problem(open_page: Callable[..., Any], site: Site,
         page.goto(site.base + path)
         page.locator("h1").wait_for()
         page.wait_for_load_state("networkidle")
-        assert browsing.axe_problems(page, source) == [], path
+        # Dark pages are the light ones in other colours.
+        assert browsing.axe_problems(page, source, rule=None if scheme == "light" else "color-contrast") == [], path
 
 
 def test_a_phone_shows_everything_without_sideways_scrolling(open_page: Callable[..., Any], site: Site):

@@ -35,7 +35,7 @@ async function show(parts, query) {
   if (!api.hasKey()) return signIn(main);
   const page = PAGES[key];
   if (!page) return notFound(main);
-  const first = !main.dataset.shown;
+  const first = main.dataset.shown === undefined;
   main.dataset.shown = key;
   try {
     title(page[0]);

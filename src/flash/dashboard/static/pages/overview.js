@@ -92,20 +92,26 @@ export async function open({ id, body, signal, query }) {
     const after = events.at(-1)?.seq ?? 0;
     const page = await get(`${path}/events`, { after, kinds: "state,attempt,phase,checkpoint", limit: 5000 }, signal);
     events.push(...page.events);
-    keep(timeline, [events.length, run.attempts, Math.floor(run.updated_at / 5)], () => attempts(run, events));
+    fill(timeline, attempts(run, events));
   }
 
+  async function updateLineage(run) {
+    const found = await get(`${path}/lineage`, {}, signal);
+    keep(lineage, [found, run.checkpoints.length, run.state], () => chain(run, found));
+    keep(checkpoints, [run.checkpoints, found.deployed_step, run.adapter_ref], () => saves(run, found));
+    estimated = found.estimate;
+  }
+
+  // While steps go by, their metrics alone are new: ten readers must not slow a run down.
+  let milestone = "";
+  let estimated = null;
   return {
     async update(run) {
-      await Promise.all([
-        updateCharts(),
-        updateTimeline(run),
-        get(`${path}/lineage`, {}, signal).then((found) => {
-          keep(lineage, [found, run.checkpoints.length, run.state], () => chain(run, found));
-          keep(checkpoints, [run.checkpoints, found.deployed_step, run.adapter_ref], () => saves(run, found));
-          keep(estimate, [found.estimate, run.managed.active_s, run.step, run.cost_usd, run.state], () => beside(run, found.estimate));
-        }),
-      ]);
+      const now = JSON.stringify([run.state, run.phase, run.attempts, run.checkpoints]);
+      const passed = now !== milestone;
+      await Promise.all([updateCharts(), ...(passed ? [updateTimeline(run), updateLineage(run)] : [])]);
+      milestone = now;
+      keep(estimate, [estimated, run.managed.active_s, run.step, run.cost_usd, run.state], () => beside(run, estimated));
     },
   };
 }

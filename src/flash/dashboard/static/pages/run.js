@@ -36,7 +36,7 @@ export async function show(page) {
     if (!part.update) Object.assign(part, await (await loading).open({ ...page, id, body, run }));
     if (changed) await part.update(run);
     told = run.updated_at;
-    return ENDED.has(run.state) ? 15 : 2;
+    return ENDED.has(run.state) ? 15 : 3;
   });
 }
 

@@ -157,6 +157,6 @@ export async function show({ main, query, poll, signal }) {
     first = false;
     take(found);
     draw();
-    return [...runs.values()].some((run) => !["done", "failed", "cancelled"].includes(run.state)) ? 2 : 5;
+    return [...runs.values()].some((run) => !["done", "failed", "cancelled"].includes(run.state)) ? 3 : 6;
   });
 }
