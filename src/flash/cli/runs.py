@@ -59,6 +59,7 @@ def status(ctx: typer.Context, run_id: RunId, follow: Follow = False) -> None:
             from flash.cli.render import print_status
 
             print_status(run, verbose=options.verbose)
+            note(f"In a browser: {client.page(run_id)} (or: flash dashboard {run_id})")
         else:
             say_json(run.model_dump(mode="json"))
         if follow:

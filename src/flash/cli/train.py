@@ -99,7 +99,7 @@ def _submit(
         if background:
             answer_background(run, options)
             return
-        note(f"submitted {run.run_id}")
+        note(f"submitted {run.run_id}: {client.page(run.run_id)}")
         follow_to_end(client, run, options)
 
 
@@ -109,5 +109,6 @@ def answer_background(run: RunStatus, options: Globals) -> None:
         say_json(run.model_dump(mode="json"))
     elif options.human():
         say(f"{run.run_id} is {run.state.value}. Follow it: flash status {run.run_id} -f")
+        say(f"In a browser: flash dashboard {run.run_id}")
     else:
         say(run.run_id)

@@ -119,11 +119,15 @@ class FlashClient:
         """What runs can be placed on: `{device, name, kind, memory_bytes, usd_per_hour}` for each device."""
         return list(self._json("GET", "/api/hardware")["devices"])
 
+    def page(self, run_id: str) -> str:
+        """The address of a run's page in the dashboard."""
+        return f"{self.base_url}/dashboard/runs/{_part(run_id)}"
+
     def dashboard_link(self, run_id: str | None = None) -> str:
         """An address that lets one browser in with this client's key: once, for about two minutes."""
         code = str(self._json("POST", "/api/dashboard/links")["code"])
-        page = f"/runs/{_part(run_id)}" if run_id else ""
-        return f"{self.base_url}/dashboard{page}#code={code}"
+        page = self.page(run_id) if run_id else f"{self.base_url}/dashboard"
+        return f"{page}#code={code}"
 
     def stop_server(self) -> None:
         self._send("POST", "/api/server/stop", safe=False)
@@ -331,6 +335,10 @@ class FlashClient:
 
     def _records(self, kind: type[R], key: str, method: str, path: str, **request: Any) -> list[R]:
         return [self._parse(kind, item) for item in self._json(method, path, **request)[key]]
+
+    def json(self, method: str, path: str, below: str | None = None, **request: Any) -> dict[str, Any]:
+        """An answer's JSON as it is, for calls that have no method here; `below` is one more segment of the path."""
+        return self._json(method, path if below is None else f"{path}/{_part(below)}", **request)
 
     def _json(self, method: str, path: str, **request: Any) -> dict[str, Any]:
         answer = self._send(method, path, **request)
