@@ -18,7 +18,8 @@ from flash.storage import engines, identity, runs
 from flash.storage.identity import Caller, Role
 
 
-def services_of(request: Request) -> Services:
+# What reads nothing is a coroutine: FastAPI sends any other dependency through a thread, for every request.
+async def services_of(request: Request) -> Services:
     found: Services = request.app.state.services
     return found
 
@@ -26,7 +27,7 @@ def services_of(request: Request) -> Services:
 Plane = Annotated[Services, Depends(services_of)]
 
 
-def _bearer(authorization: Annotated[str | None, Header()] = None) -> str:
+async def _bearer(authorization: Annotated[str | None, Header()] = None) -> str:
     scheme, _, token = (authorization or "").partition(" ")
     if scheme.lower() != "bearer" or not token.strip():
         raise Unauthorized("no bearer token", remedy="send `Authorization: Bearer <key>`")
@@ -52,7 +53,7 @@ class Needs:
     def __init__(self, role: Role | None = None) -> None:
         self.role = role
 
-    def __call__(self, request: Request, caller: Annotated[Caller, Depends(_caller)]) -> Caller:
+    async def __call__(self, request: Request, caller: Annotated[Caller, Depends(_caller)]) -> Caller:
         needed = self.role or (Role.READ_ONLY if request.method in _LOOKING else Role.MEMBER)
         if caller.role < needed:
             raise Forbidden(

@@ -58,11 +58,11 @@ async def find_host(
     deadline = time.monotonic() + wait_s
     while True:
         row, token = await run_in_threadpool(want, plane, model)
+        if row.state is EngineState.READY and row.id not in avoid and row.url and token:
+            return Host(row.id, row.url.rstrip("/"), token)
         with plane.followers.follow(row.id) as changed:
-            row = await run_in_threadpool(_look, plane, row.id)
-            if row.state is EngineState.READY and row.id not in avoid and row.url and token:
-                return Host(row.id, row.url.rstrip("/"), token)
-            if row.state in engines.USABLE:
+            before, row = row.state, await run_in_threadpool(_look, plane, row.id)
+            if row.state is before and row.state in engines.USABLE:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     return NotReady(row.view, wait_words(row))
