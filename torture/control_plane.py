@@ -15,7 +15,7 @@ from flash.failpoints import SERVER, VARIABLE
 from torture.machine import SCRIPTED_SERVER, Machine, wait_for
 from torture.tally import Tally
 
-LINES = 40  # a step logs
+LINES = 80  # a step logs
 
 
 def kills(count: int, seed: int) -> Tally:

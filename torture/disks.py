@@ -53,7 +53,7 @@ def namespace() -> tuple[str, ...]:
     """The command in front of one that may mount what it likes, seen by nobody else."""
     for command in _PRIVATE:
         with contextlib.suppress(FileNotFoundError):
-            mount = [*command, "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
+            mount = [*command, "mount", "-t", "tmpfs", "tmpfs", tempfile.gettempdir()]
             if subprocess.run(mount, capture_output=True, check=False).returncode == 0:
                 return command
     raise Unsupported("no small disk can be made here: that takes Linux, and root or user namespaces")

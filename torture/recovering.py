@@ -59,7 +59,7 @@ def _at_work(machine: Machine, run_id: str, epoch: int) -> bool:
 
 def _lose(processes: list[psutil.Process], loss: str) -> None:
     for process in processes:
-        if loss == "supervisor killed" and not any("supervisor" in part for part in process.cmdline()):
-            continue
-        with contextlib.suppress(psutil.Error):
+        with contextlib.suppress(psutil.Error):  # the first of them may have ended the others
+            if loss == "supervisor killed" and not any("supervisor" in part for part in process.cmdline()):
+                continue
             process.send_signal(signal.SIGSTOP if loss == "stopped" else signal.SIGKILL)

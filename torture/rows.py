@@ -18,8 +18,8 @@ from torture import (
 from torture.tally import Row
 
 ROWS = (
-    Row("sft", "kill -9 of trainer, host or supervisor (SFT)", "the uninterrupted run's adapter", resuming.sft, 250, 5),
-    Row("grpo", "the same (GRPO)", "the uninterrupted run's adapter", resuming.grpo, 250, 4),
+    Row("sft", "kill -9 of trainer, host or supervisor (SFT)", "the uninterrupted run's adapter", resuming.sft, 250, 3),
+    Row("grpo", "the same (GRPO)", "the uninterrupted run's adapter", resuming.grpo, 250, 3),
     Row(
         "plane", "kill -9 of the control plane", "every submit there, every event once and in order",
         control_plane.kills, 500, 5,
@@ -31,7 +31,7 @@ ROWS = (
     ),
     Row("store", "the store fails", "nothing partial visible, no false done, no orphan", stores.folder, 5000, 60),
     Row("bucket", "the same, a bucket behind a failing network", "the same", stores.bucket, 1000, 30),
-    Row("disk", "a disk that is really full", "the undisturbed run's adapter, no event lost", disks.faults, 60, 4),
+    Row("disk", "a disk that is really full", "the undisturbed run's adapter, no event lost", disks.faults, 60, 3),
     Row("clock", "a wall clock that jumps", "no attempt lost for it, every event", troubles.jumps, 5000, 100),
     Row("locked", "a locked database", "refused as a whole and in words, nothing lost", troubles.locks, 5000, 100),
     Row("archives", "malformed archives", "nothing outside the root", archives.archives, 10_000, 500),
