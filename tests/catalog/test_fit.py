@@ -17,7 +17,14 @@ from tests.catalog.layouts import config_of, entry_of, spec_of
 from flash.catalog.catalog import ModelEntry, load_catalog
 from flash.catalog.fit import choose, fits, fitted, memory_needed
 from flash.catalog.hardware import cpu_class, gpu_classes, gpu_like
-from flash.catalog.shapes import LAYOUTS, adapter_parameters, body_parameters, kept_bytes, parameter_count
+from flash.catalog.shapes import (
+    LAYOUTS,
+    adapter_parameters,
+    body_parameters,
+    kept_bytes,
+    parameter_count,
+    working_adapter_parameters,
+)
 from flash.errors import InvalidInput, ModelError
 
 SHIPPED = {entry.id: entry for entry in load_catalog(Path("/nowhere"))}
@@ -64,8 +71,12 @@ def test_counts_are_those_of_the_real_classes(layout):
 
 
 def test_a_mixture_works_with_its_active_experts_only():
-    active = body_parameters(SHIPPED["Qwen/Qwen3.6-35B-A3B"])
-    assert 2.3e9 < active < 3e9
+    entry = SHIPPED["Qwen/Qwen3.6-35B-A3B"]
+    assert 2.3e9 < body_parameters(entry) < 3e9
+    dense, routed = 22.5e6 * 2, 922.7e6 * 2 / 8  # at rank 32
+    assert working_adapter_parameters(entry, 32) == pytest.approx(dense + routed * 8 / 256, rel=0.01)
+    plain = SHIPPED["Qwen/Qwen3.5-4B"]
+    assert working_adapter_parameters(plain, 32) == adapter_parameters(plain, 32)
 
 
 @pytest.mark.parametrize("width", [4, 2])

@@ -15,7 +15,7 @@ from typing import Any
 from flash.catalog.catalog import ModelEntry
 from flash.catalog.fit import MemoryEstimate, choose, decoding_rows, fits, fitted, gigabytes, too_large
 from flash.catalog.hardware import HardwareClass
-from flash.catalog.shapes import adapter_parameters, body_parameters, cache_bytes, shape_of
+from flash.catalog.shapes import body_parameters, cache_bytes, shape_of, working_adapter_parameters
 from flash.config.run import RunSpec
 
 # Shares of a device's data-sheet speed that training and decoding reach, and seconds that a layer takes however
@@ -229,7 +229,7 @@ def _training_s(
     """Forward and backward through a frozen base take 4 operations a parameter and token, the adapter 6."""
     shape = shape_of(entry)
     per_token = 4 * (body_parameters(entry) + shape.vocab * shape.hidden)
-    per_token += 6 * adapter_parameters(entry, spec.train.lora_rank)
+    per_token += 6 * working_adapter_parameters(entry, spec.train.lora_rank)
     # scores and mixing of every full layer, over half the sequence on average, forward and twice backward
     attention = 3 * 4 * shape.full_layers * shape.heads * shape.head_dim * length / 2
     busy = tokens * (per_token + attention) / (hardware.flops * TRAINING_EFFICIENCY[hardware.kind])

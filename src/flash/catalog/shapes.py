@@ -109,6 +109,13 @@ def adapter_parameters(entry: ModelEntry, rank: int, *, width: int | None = None
     return dense + _routed_parameters(entry, shape, _filled(expert_rank(entry, rank), width or 16))
 
 
+def working_adapter_parameters(entry: ModelEntry, rank: int) -> int:
+    """The adapter's parameters that work on each token: those of idle experts don't."""
+    routed = _routed_parameters(entry, shape_of(entry), expert_rank(entry, rank))
+    share = entry.experts.active / entry.experts.count if entry.experts else 0.0
+    return adapter_parameters(entry, rank) - routed + int(share * routed)
+
+
 def _routed_parameters(entry: ModelEntry, shape: Shape, rank: int) -> int:
     """Updates of gate and up together, and of down."""
     if entry.experts is None:
