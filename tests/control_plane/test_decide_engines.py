@@ -55,12 +55,15 @@ def test_a_waiting_engine_gets_a_free_device():
 
 
 def test_a_gpu_holds_a_run_or_an_engine_and_the_processor_one_of_each():
-    assert decided(WAITING, runs=(run(TRAINING),)) == [NoteWait("w", "waiting for a free device: cuda:0 trains r")]
+    assert decided(WAITING, runs=(run(TRAINING),)) == [NoteWait("w", "waiting for a free device: cuda:0 trains a run")]
     on_cpu = replace(TRAINING, device="cpu")
     assert decided(WAITING, runs=(run(on_cpu),), devices=("cpu",)) == [StartEngine("w", "cpu")]
     assert decided(replace(READY, device="cpu"), runs=(run(),), devices=("cpu",)) == [StartAttempt("r", 1, "cpu")]
     both = decided(WAITING, runs=(run(),), devices=("cpu",))
     assert set(both) == {StartEngine("w", "cpu"), StartAttempt("r", 1, "cpu")}
+    apart = SETTINGS.model_copy(update={"share_cpu": False})
+    alone = decide(Snapshot((run(on_cpu),), ("cpu",), engines=(WAITING,)), 0.0, apart)
+    assert alone == [NoteWait("w", "waiting for a free device: cpu trains a run")]
     [note] = decided(replace(READY, device="cpu"), WAITING, devices=("cpu",))
     assert note == NoteWait("w", "waiting for a free device: cpu serves base")
 
@@ -74,7 +77,7 @@ def test_runs_and_engines_wait_in_one_queue(first: str):
 
 
 def test_a_reason_is_noted_once_and_an_engine_that_no_one_waits_for_is_dropped():
-    told = replace(WAITING, reason="waiting for a free device: cuda:0 trains r")
+    told = replace(WAITING, reason="waiting for a free device: cuda:0 trains a run")
     assert decided(told, runs=(run(TRAINING),)) == []
     forgotten = replace(WAITING, unwanted_s=SETTINGS.engine_want_s)
     assert decided(forgotten) == [BuryEngine("w")]
@@ -86,7 +89,7 @@ def test_a_reason_is_noted_once_and_an_engine_that_no_one_waits_for_is_dropped()
 
 def test_an_idle_engine_yields_to_a_queued_run_and_a_busy_one_does_not():
     assert decided(READY, runs=(run(),)) == []
-    assert decided(replace(READY, unused_s=IDLE_S), runs=(run(),)) == [DrainEngine("e", "it yields cuda:0 to r")]
+    assert decided(replace(READY, unused_s=IDLE_S), runs=(run(),)) == [DrainEngine("e", "it yields cuda:0 to a run")]
     assert decided(replace(READY, unused_s=IDLE_S)) == []
     shared = replace(READY, device="cpu", unused_s=IDLE_S)
     busy_run = run(replace(TRAINING, device="cpu"), run_id="t")
@@ -95,18 +98,18 @@ def test_an_idle_engine_yields_to_a_queued_run_and_a_busy_one_does_not():
 
 def test_an_idle_engine_yields_to_another_bases():
     idle = replace(READY, device="cpu", unused_s=IDLE_S)
-    assert DrainEngine("e", "it yields cpu to w") in decided(idle, WAITING, devices=("cpu",))
+    assert DrainEngine("e", "it yields cpu to another engine") in decided(idle, WAITING, devices=("cpu",))
 
 
 def test_only_as_many_leave_as_are_needed_the_longest_idle_first():
     idle = [replace(READY, engine_id=f"e{n}", device=f"cuda:{n}", unused_s=IDLE_S + n) for n in range(3)]
     devices = ("cuda:0", "cuda:1", "cuda:2")
     one = decided(*idle, runs=(run(),), devices=devices)
-    assert one == [DrainEngine("e2", "it yields cuda:2 to r")]
+    assert one == [DrainEngine("e2", "it yields cuda:2 to a run")]
     leaving = replace(idle[2], state=EngineState.DRAINING)
     assert decided(*idle[:2], leaving, runs=(run(),), devices=devices) == []
     two = decided(*idle[:2], leaving, runs=(run(), run(run_id="r2")), devices=devices)
-    assert two == [DrainEngine("e1", "it yields cuda:1 to r2")]
+    assert two == [DrainEngine("e1", "it yields cuda:1 to a run")]
 
 
 def test_an_engine_without_requests_leaves_by_and_by():

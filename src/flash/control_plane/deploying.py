@@ -226,7 +226,7 @@ def _plan(plane: Services, caller: Caller, request: DeployRequest) -> _Plan:
         before = deployments.find(connection, run.id)
         engine = engines.usable(connection, revision.model)
         held = {row.device: row for row in engines.live(connection) if row.device is not None}
-        trains = _training(connection)
+        trains = _training(connection, caller.org)
     entry = _catalog(plane).get(revision.model)
     _check_fits(plane, entry)
     device, wait = _placing(plane, engine, held, trains)
@@ -234,12 +234,13 @@ def _plan(plane: Services, caller: Caller, request: DeployRequest) -> _Plan:
     return _Plan(target, revision, key, before, engine, device, wait)
 
 
-def _training(connection: Connection) -> dict[str, str]:
-    """The run on each device that has one."""
+def _training(connection: Connection, org: str) -> dict[str, str]:
+    """The run on each device that has one, as the org may know it."""
     open_runs = runs.open_runs(connection)
     attempts = runs.attempts_of(connection, [run.id for run in open_runs])
+    own = {run.id for run in open_runs if run.org_id == org}
     return {
-        attempt.device: run_id
+        attempt.device: run_id if run_id in own else "a run"
         for run_id, found in attempts.items()
         for attempt in found
         if attempt.state.value in runs.LIVE_ATTEMPTS
@@ -260,7 +261,7 @@ def _placing(
         devices = plane.launcher.devices()
     except FlashError as error:
         return None, str(error)
-    free = [name for name in devices if name not in held and (shares(name) or name not in trains)]
+    free = [name for name in devices if name not in held and (shares(name, plane.settings) or name not in trains)]
     if free:
         return free[0], None
     words = [f"{name} {f'serves {held[name].model}' if name in held else f'trains {trains[name]}'}" for name in devices]

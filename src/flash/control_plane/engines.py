@@ -159,9 +159,9 @@ def _overdue(engine: EngineSnapshot, settings: ServerSettings) -> str | None:
     return None
 
 
-def shares(device: str) -> bool:
+def shares(device: str, settings: ServerSettings) -> bool:
     """Whether a run and an engine may be on this device together; a GPU's memory belongs to one of them."""
-    return device.partition(":")[0] == "cpu"
+    return settings.share_cpu and device.partition(":")[0] == "cpu"
 
 
 def yielding(
@@ -177,13 +177,14 @@ def yielding(
     idle = [e for e in live if e.state is EngineState.READY and e.unused_s >= settings.engine_yield_s]
     idle.sort(key=lambda engine: -engine.unused_s)
     asked: list[DrainEngine] = []
-    for name, is_engine in waiting.items():
+    for is_engine in waiting.values():
         for pool in (leaving, idle):
-            fitting = [e for e in pool if e.device is not None and (is_engine or not shares(e.device))]
+            fitting = [e for e in pool if e.device is not None and (is_engine or not shares(e.device, settings))]
             if fitting:
                 pool.remove(fitting[0])
                 if pool is idle:
-                    asked.append(DrainEngine(fitting[0].engine_id, f"it yields {fitting[0].device} to {name}"))
+                    to = "another engine" if is_engine else "a run"
+                    asked.append(DrainEngine(fitting[0].engine_id, f"it yields {fitting[0].device} to {to}"))
                 break
     return asked
 
@@ -196,7 +197,7 @@ def wait_reason(devices: Iterable[str], runs: Mapping[str, str], held: Mapping[s
             leaving = held[device].state in (EngineState.DRAINING, EngineState.ENDING)
             parts.append(f"{device} {'is being left by' if leaving else 'serves'} {held[device].model}")
         elif device in runs:
-            parts.append(f"{device} trains {runs[device]}")
+            parts.append(f"{device} trains a run")  # whose, is not for everybody who reads this
     return f"waiting for a free device: {', '.join(parts)}" if parts else "waiting: the server has no device"
 
 

@@ -333,14 +333,14 @@ def _place(snapshot: Snapshot, judged: set[str], now: float, settings: ServerSet
     actions: list[Action] = []
     for item in _queue(snapshot, judged, now, settings):
         if isinstance(item, RunSnapshot):
-            device = _free(snapshot.devices, runs_on, engines_on)
+            device = _free(snapshot.devices, runs_on, engines_on, settings)
             if device is None:
                 waiting[item.run_id] = False
                 continue
             runs_on[device] = item.run_id
             actions.append(StartAttempt(item.run_id, item.attempts[-1].epoch + 1 if item.attempts else 1, device))
         else:
-            device = _free(snapshot.devices, engines_on, runs_on)
+            device = _free(snapshot.devices, engines_on, runs_on, settings)
             if device is None:
                 waiting[item.engine_id] = True
                 continue
@@ -353,9 +353,14 @@ def _place(snapshot: Snapshot, judged: set[str], now: float, settings: ServerSet
     return [*actions, *yielding(snapshot.engines, waiting, settings)]
 
 
-def _free(devices: tuple[str, ...], own_kind: Container[str], other_kind: Container[str]) -> str | None:
+def _free(
+    devices: tuple[str, ...], own_kind: Container[str], other_kind: Container[str], settings: ServerSettings
+) -> str | None:
     """The first device that holds none of the same kind, and none of the other that it can't be shared with."""
-    return next((name for name in devices if name not in own_kind and (shares(name) or name not in other_kind)), None)
+    for name in devices:
+        if name not in own_kind and (shares(name, settings) or name not in other_kind):
+            return name
+    return None
 
 
 def _queue(

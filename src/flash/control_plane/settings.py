@@ -176,6 +176,10 @@ class ServerSettings(BaseModel):
     engine: Literal["auto", "flash", "vllm"] = "auto"
     """`auto`: vLLM on GPUs where it is installed, else the built-in one."""
 
+    share_cpu: bool = True
+    """Whether a run and an engine may be on the processor together, so that a checkpoint can be tried while its run
+    goes on. A GPU holds one of them."""
+
     engine_wait_s: float = Field(default=120.0, ge=0)
     """How long a request waits for an engine that has to start."""
 
