@@ -25,6 +25,7 @@ import uvicorn
 from pydantic import ValidationError
 
 from flash.artifacts.store import Store
+from flash.catalog.catalog import load_catalog
 from flash.errors import FlashError, InternalError
 from flash.inference.engine import ServingEngine
 from flash.serving.adapters import AdapterFiles, AdapterShelf
@@ -96,6 +97,7 @@ def _load_vllm(hello: EngineHello, python: str) -> tuple[Served, ServingEngine]:
         max_rows=hello.max_rows,
         max_waiting=hello.max_waiting,
         max_adapters=hello.max_adapters,
+        max_rank=_rank_cap(hello.model),
         cache_bytes=hello.cache_bytes,
     )
     engine = VllmEngine(settings, work_dir=Path(hello.work_dir))
@@ -108,6 +110,12 @@ def _load_vllm(hello: EngineHello, python: str) -> tuple[Served, ServingEngine]:
         vocabulary_size=about.vocabulary,
     )
     return served, engine
+
+
+def _rank_cap(model: str) -> int:
+    """The largest rank that runs on this model may have: every adapter of theirs must fit."""
+    catalog = load_catalog()
+    return catalog.get(model).rank_cap if model in catalog else max(entry.rank_cap for entry in catalog)
 
 
 def _load_built_in(hello: EngineHello) -> tuple[Served, ServingEngine]:
