@@ -41,9 +41,10 @@ def wait(run: str) -> None:
         time.sleep(2)
 
 
-def take(page: Any, name: str, *, whole: bool = False) -> None:
+def take(page: Any, name: str, *, height: int = HEIGHT) -> None:
+    page.set_viewport_size({"width": WIDTH, "height": height})
     page.wait_for_timeout(1500)  # charts and engines' states come a moment after the page
-    page.screenshot(path=IMAGES / f"dashboard-{name}.png", full_page=whole)
+    page.screenshot(path=IMAGES / f"dashboard-{name}.png")
     print(f"docs/images/dashboard-{name}.png")
 
 
@@ -69,7 +70,7 @@ def pictures(opened: Any) -> None:
     page.goto(f"{base}/runs/{grpo}")
     page.locator('[data-metric="reward"] path.curve').wait_for()
     page.get_by_label("Smoothing").fill("0.5")
-    take(page, "run", whole=True)
+    take(page, "run", height=1300)
     page.goto(f"{base}/runs/{grpo}/samples?order=disagreeing&kind=rollout&colour=logprob")
     page.locator(".token").first.wait_for()
     take(page, "samples")

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tests.control_plane.conftest import Worker, World, archive, migrated, world
+from tests.control_plane.conftest import Worker, World, archive, database_url, migrated, world
 
-__all__ = ["Worker", "World", "archive", "migrated", "world"]
+__all__ = ["Worker", "World", "archive", "database_url", "migrated", "world"]

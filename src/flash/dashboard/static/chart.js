@@ -87,7 +87,7 @@ export class Chart {
         }
       }
     }
-    if (low > high) [low, high] = [0, 1];
+    if (low > high || (low === 0 && high === 0)) [low, high] = [0, 1];
     if (low === high) { const pad = Math.abs(low) * 0.1 || 0.5; low -= pad; high += pad; }
     if (this.data.log && low > 0) { this.low = Math.log10(low); this.high = Math.log10(high); }
     else { const pad = (high - low) * 0.05; this.low = low - pad; this.high = high + pad; }

@@ -4,7 +4,8 @@ const FIRST = ["reward", "loss", "eval_loss", "success", "kl", "entropy", "lengt
 const TITLES = {
   reward: "Reward", loss: "Loss", eval_loss: "Held-out loss", success: "Success", kl: "KL to the base", entropy: "Entropy",
   length: "Answer length, tokens", truncated: "Truncated answers", equal_groups: "Groups without a gradient", learning_rate: "Learning rate",
-  grad_norm: "Gradient norm", tokens_per_s: "Tokens a second", memory_gb: "Memory, GB", seconds: "Seconds a step", reward_std: "Spread of rewards",
+  grad_norm: "Gradient norm", tokens_per_s: "Tokens a second", memory_gb: "Memory, GB", seconds: "Seconds a step", reward_std: "Spread of rewards", epoch: "Epoch", tokens: "Tokens", turns: "Turns", clipped: "Clipped ratios", mismatch_kl: "KL of sampler and trainer",
+  groups_dropped: "Groups dropped", prompts_dropped: "Prompts dropped",
 };
 
 export function titleOf(name) {

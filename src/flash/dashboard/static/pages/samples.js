@@ -79,7 +79,7 @@ function section(group, view, change) {
   return h("article", { class: "sample", "aria-label": `Step ${first.step}, row ${row}` },
     h("header", null, h("strong", null, `Step ${count(first.step)}`),
       Number.isInteger(row) ? h("button", { class: "plain", onclick: () => change({ row: String(row) }) }, `row ${count(row)}`) : null,
-      rewards(first.data), spread(first.data)),
+      rewards(first.data, group.map((sample) => sample.data.sample ?? 0)), spread(first.data)),
     prompt(first.data).map(turn),
     group.map((sample) => [marks(sample), answer(sample.data, view.colour)]));
 }
@@ -95,15 +95,15 @@ function marks(sample) {
     h("span", { class: "quiet" }, [typeof data.tokens === "number" ? `${count(data.tokens)} tokens` : "", data.turns > 1 ? `, ${count(data.turns)} turns` : "", sample.epoch > 1 ? `, attempt ${sample.epoch}` : ""]));
 }
 
-/** All rewards of a group as small bars; this sample's own stands out. */
-function rewards(data) {
+/** All rewards of a group as small bars; those of the samples shown stand out. */
+function rewards(data, kept) {
   const values = Array.isArray(data.rewards) ? data.rewards.filter((each) => typeof each === "number" && Number.isFinite(each)) : [];
   if (values.length < 2) return null;
   const low = Math.min(0, ...values);
   const high = Math.max(...values, low + 1e-9);
   return h("span", { class: "rewards", role: "img", "aria-label": `Rewards of the group: ${values.map(number).join(", ")}`, title: values.map(number).join(", ") },
-    values.map((value) => {
-      const bar = h("i", { class: value === data.reward ? "this" : "" });
+    values.map((value, at) => {
+      const bar = h("i", { class: kept.includes(at) ? "this" : "" });
       bar.style.height = `${(100 * (value - low)) / (high - low)}%`;
       return bar;
     }));
