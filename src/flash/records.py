@@ -1,5 +1,5 @@
 """The shapes on the wire and in the database: Run, Attempt, Event, Checkpoint, Adapter, EnvironmentVersion,
-Deployment, Engine.
+Deployment, Engine, Org, Key.
 
 Frozen data and the vocabularies that go with it; no behaviour beyond that, no storage, no HTTP.
 Times are UTC seconds since the epoch (float) everywhere on the wire.
@@ -305,6 +305,66 @@ class DeployAnswer(Record):
     device: str | None = None  # where the engine is, or would be placed now
     engine: EngineView | None = None
     wait: str | None = None
+
+
+# --- teams ------------------------------------------------------------------------------------------
+
+
+class Org(Record):
+    name: str  # the namespace of its environments
+    created_at: float
+    revoked_at: float | None = None
+
+
+class OrgRequest(Record):
+    """Body of `POST /api/orgs`."""
+
+    name: str = Field(max_length=200)
+
+
+class Key(Record):
+    """An API key, without the key itself."""
+
+    id: str
+    org: str
+    name: str
+    role: str  # read-only | member | admin | owner
+    max_usd: float | None = None   # of all its runs together
+    max_runs: int | None = None    # unfinished at once
+    max_gpus: int | None = None    # of its unfinished runs together
+    created_at: float
+    revoked_at: float | None = None
+
+
+class KeyRequest(Record):
+    """Body of `POST /api/keys`. Without `org`: the caller's own."""
+
+    name: str = Field(max_length=200)
+    role: str = "member"
+    org: str | None = Field(default=None, max_length=200)
+    max_usd: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    max_runs: int | None = Field(default=None, ge=0, lt=2**31)
+    max_gpus: int | None = Field(default=None, ge=0, lt=2**31)
+
+
+class NewKey(Record):
+    key: Key
+    secret: str = Field(repr=False)  # the key itself, this once
+
+
+class AuditEntry(Record):
+    """Who did, or tried, what: `status` is HTTP's, 4xx where it was refused."""
+
+    id: int
+    time: float
+    org: str | None
+    actor: str  # a key's id, "server" or "anonymous"
+    name: str | None
+    address: str | None
+    action: str
+    object: str | None
+    status: int
+    message: str | None
 
 
 # --- the worker API ---------------------------------------------------------------------------------

@@ -31,10 +31,12 @@ def test_help_lists_every_command_and_each_command_has_help(flash):
 
 
 def test_every_command_takes_the_global_options():
-    commands = LazyCommands()
-    for name in COMMANDS:
-        command = commands[name]
-        for each in command.commands.values() if COMMANDS[name].is_group else [command]:
+    def leaves(command):
+        below = getattr(command, "commands", {}).values()
+        return [leaf for each in below for leaf in leaves(each)] if below else [command]
+
+    for command in LazyCommands().values():
+        for each in leaves(command):
             options = {option for parameter in each.params for option in parameter.opts}
             assert {"--json", "--debug", "-v"} <= options, each.name
 

@@ -158,6 +158,8 @@ def archive(files: dict[str, str]) -> bytes:
 def open_world(home: Path, token: str, launcher: FakeLauncher, clock: Clock, **settings: Any) -> World:
     values = ServerSettings(home=home, **{**SETTINGS, **settings})
     plane = open_services(values, launcher=launcher, stopwatches=Stopwatches(clock))
+    if plane.database.shared:  # where the database's clock counts, the test moves that too
+        plane.clock = lambda: plane.database.clock() + clock.now
     with plane.database.write() as connection:
         identity.add_key(connection, org="local", token=token, name="test")
     http = TestClient(create_app(values, services=plane, reconcile=False), raise_server_exceptions=False)
@@ -172,12 +174,20 @@ def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def world(tmp_path: Path, migrated: Path, request: pytest.FixtureRequest) -> Iterator[World]:
-    """Settings for one test: `@pytest.mark.parametrize("world", [{...}], indirect=True)`."""
-    settings = getattr(request, "param", {})
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.slow)])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path, migrated: Path) -> str | None:
+    """Every test of the plane runs on both databases, on Postgres with the slow ones."""
     (tmp_path / "home").mkdir()
+    if request.param == "postgres":
+        return str(request.getfixturevalue("postgres_database"))
     shutil.copy(migrated, tmp_path / "home" / "flash.db")
+    return None
+
+
+@pytest.fixture
+def world(tmp_path: Path, database_url: str | None, request: pytest.FixtureRequest) -> Iterator[World]:
+    """Settings for one test: `@pytest.mark.parametrize("world", [{...}], indirect=True)`."""
+    settings = {"database_url": database_url, **getattr(request, "param", {})}
     opened = open_world(tmp_path / "home", identity.new_token(), FakeLauncher(), Clock(), **settings)
     opened.push()
     with opened.http:
@@ -192,7 +202,8 @@ def restart():
 
     def again(world: World) -> World:
         world.plane.close()
-        later = open_world(world.home, world.token, world.launcher, world.clock)
+        database_url = world.plane.settings.database_url
+        later = open_world(world.home, world.token, world.launcher, world.clock, database_url=database_url)
         opened.append(later)
         return later
 

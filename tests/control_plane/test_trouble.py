@@ -8,10 +8,14 @@ import pytest
 from sqlalchemy import Connection
 
 
+ON_SQLITE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+
+
 def pragma(connection: Connection, text: str) -> None:
     connection.exec_driver_sql(f"PRAGMA {text}")
 
 
+@ON_SQLITE
 def test_a_locked_database_is_unavailable_and_loses_nothing(world):
     run_id, worker = world.started()
     with world.plane.database.write() as connection:
@@ -35,6 +39,7 @@ def test_a_locked_database_is_unavailable_and_loses_nothing(world):
     assert len(world.call("GET", "/api/runs").json()["runs"]) == 1, "the refused submit left nothing"
 
 
+@ON_SQLITE
 @pytest.mark.parametrize("kind", ["submit", "events", "finish"])
 def test_a_full_disk_under_the_database_refuses_whole_requests(world, kind: str):
     run_id, worker = world.started()

@@ -49,7 +49,8 @@ COMMANDS = {
     "gpus": Entry("flash.cli.hardware", "List hardware with memory and price.", ENVIRONMENTS),
     "config": Entry("flash.cli.configuration", "Describe the training config.", ENVIRONMENTS, True),
     "dashboard": Entry("flash.cli.dashboard", "Open the dashboard in a browser.", SERVICE),
-    "server": Entry("flash.cli.server", "Start, stop and inspect the local server.", SERVICE, True),
+    "server": Entry("flash.cli.server", "Start, stop and inspect the server of this home.", SERVICE, True),
+    "admin": Entry("flash.cli.admin", "See to a team's organisations, keys and audit log.", SERVICE, True),
     "login": Entry("flash.cli.account", "Save a team server's address and your key.", SERVICE),
     "whoami": Entry("flash.cli.account", "Show the server and who you are to it.", SERVICE),
     "version": Entry("flash.cli.account", "Show Flash's version.", SERVICE),
@@ -89,9 +90,18 @@ def load_command(name: str, entry: Entry) -> Any:
     if not entry.is_group and hasattr(command, "commands"):
         command = command.commands[name]
     common = typer.main.get_command(_common).params
-    for each in command.commands.values() if hasattr(command, "commands") else [command]:
+    for each in _leaves(command):
         each.params.extend(common)
     return command
+
+
+def _leaves(command: Any) -> Iterator[Any]:
+    """The commands that do something: itself, or all below it."""
+    if not hasattr(command, "commands"):
+        yield command
+        return
+    for each in command.commands.values():
+        yield from _leaves(each)
 
 
 class Root(TyperGroup):

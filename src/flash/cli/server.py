@@ -1,8 +1,13 @@
-"""`flash server`: the local server, by hand. Every other command finds or starts it without being asked."""
+"""`flash server`: the local server, by hand, which every other command finds or starts without being asked; and a
+team's, by its config file."""
 
 from __future__ import annotations
 
-from typing import Any
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -15,12 +20,28 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, no_args_is_help=T
 
 @app.callback()
 def server() -> None:
-    """Start, stop and inspect the local server."""
+    """Start, stop and inspect the server of this home."""
 
 
 @app.command()
-def start(ctx: typer.Context) -> None:
-    """Start the local server, unless it runs already."""
+def start(
+    ctx: typer.Context,
+    config: Annotated[
+        Path | None, typer.Option("--config", metavar="FILE", help="Run a team's server by this file, in this process.")
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Only say whether the file is sound.")] = False,
+) -> None:
+    """Start the local server, unless it runs already; or with --config run a team's."""
+    if config is not None:
+        # In place of this process, so that signals and exit codes are the server's own.
+        command = [sys.executable, "-P", "-m", local_server.SERVER_MODULE, "--config", str(config)]
+        if not check:
+            os.execv(command[0], command)
+        done = subprocess.run([*command, "--check"], check=False)
+        if done.returncode:
+            raise typer.Exit(done.returncode)
+        _answer(ctx, {"sound": True, "config": str(config)}, f"{config} is sound")
+        return
     home = settings.flash_home()
     before = local_server.running(home)
     found = local_server.ensure(home, notice=note)

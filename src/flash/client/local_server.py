@@ -33,12 +33,16 @@ POLL_S = 0.05
 
 @dataclass(frozen=True)
 class LocalServer:
-    """A local server's address, token and process, as it wrote them into `server.json`."""
+    """A local server's address, token and process, as it wrote them into `server.json`.
+
+    `config`: the file that a team's server was started with; only its operator starts it again.
+    """
 
     base_url: str
     token: str
     pid: int
     version: str
+    config: str | None = None
 
     def client(self) -> FlashClient:
         return FlashClient(self.base_url, self.token, retry_delays_s=())
@@ -55,11 +59,14 @@ def recorded(home: Path) -> LocalServer | None:
     """What `server.json` says, true or stale; None when there is none (or half of one)."""
     try:
         found = json.loads((home / "server.json").read_text())
+        port = int(found["port"])
+        host = str(found.get("host") or "127.0.0.1")
         return LocalServer(
-            base_url=f"http://127.0.0.1:{int(found['port'])}",
+            base_url=f"http://{f'[{host}]' if ':' in host else host}:{port}",
             token=str(found["token"]),
             pid=int(found["pid"]),
             version=str(found["version"]),
+            config=found.get("config"),
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -96,7 +103,7 @@ def ensure(home: Path, *, notice: Callable[[str], None] = lambda text: None) -> 
     Raises `Unavailable` with the log's last line when no server comes up within `START_LIMIT_S`.
     """
     found = running(home)
-    if found and found[1].version == __version__:
+    if found and (found[1].version == __version__ or found[0].config):
         return found[0]
     home.mkdir(parents=True, exist_ok=True)
     with _start_lock(home):
@@ -148,6 +155,12 @@ def _start_lock(home: Path) -> Iterator[None]:
 
 
 def _start(home: Path) -> LocalServer:
+    before = recorded(home)
+    if before is not None and before.config:
+        raise Unavailable(
+            f"{home} is the home of a team's server, which does not run",
+            remedy=f"flash server start --config {before.config}, or name another server: flash login",
+        )
     log = log_path(home)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as out:

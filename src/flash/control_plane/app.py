@@ -22,7 +22,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from flash import __version__
 from flash.control_plane.calling import new_client
 from flash.control_plane.reconciler import Reconciler
-from flash.control_plane.routes import dashboard, deployments, environments, metrics, openai, runs, server, worker
+from flash.control_plane.routes import (
+    admin,
+    dashboard,
+    deployments,
+    environments,
+    metrics,
+    openai,
+    runs,
+    server,
+    worker,
+)
 from flash.control_plane.routes.openai import openai_answer, speaks_openai
 from flash.control_plane.services import Services, open_services
 from flash.control_plane.settings import ServerSettings
@@ -85,7 +95,7 @@ def create_app(
 
     app = FastAPI(title="Flash", version=__version__, lifespan=lifespan, responses=ERRORS)
     app.state.services = plane
-    for routes in (server, runs, environments, deployments, openai, metrics, worker, dashboard):
+    for routes in (server, runs, environments, deployments, openai, metrics, worker, dashboard, admin):
         app.include_router(routes.router)
     app.include_router(worker.engine_router)
     app.add_exception_handler(FlashError, _flash_error)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import Connection
+from sqlalchemy.exc import DBAPIError
 
 from flash.control_plane.cleaning import Cleaner
 from flash.control_plane.engines import (
@@ -384,6 +385,16 @@ def _queue(
     return sorted(waiting, key=lambda item: item.created_at)
 
 
+def last_beat(attempt: runs.AttemptRow) -> float | None:
+    """By the database's clock; it is only ever compared with itself."""
+    return attempt.heartbeat_at or attempt.claimed_at
+
+
+def progress_of(attempt: runs.AttemptRow) -> tuple[int, int, Phase | None]:
+    """What differs when an attempt has moved forward."""
+    return attempt.progress, attempt.step, attempt.phase
+
+
 # --- acting -------------------------------------------------------------------------------------------
 
 
@@ -398,6 +409,7 @@ class Reconciler:
         self._engines = Engines(plane)
 
     def start(self) -> None:
+        self._plane.lead.start(on_change=self._plane.wake.set)
         self._thread = threading.Thread(target=self._loop, name="reconciler", daemon=True)
         self._thread.start()
 
@@ -406,19 +418,29 @@ class Reconciler:
         self._plane.wake.set()
         if self._thread is not None:
             self._thread.join(timeout=10)
+        self._plane.lead.close()
 
     def _loop(self) -> None:
+        led = 0
         while not self._stopped.is_set():
             self._plane.wake.wait(self._plane.settings.reconcile_interval_s)
             self._plane.wake.clear()
             if self._stopped.is_set():
                 return
+            term = self._plane.lead.term
+            if not term:
+                continue
+            if term != led:  # nobody may have listened to the workers for a while: everything gets its full time
+                self._plane.stopwatches.keep_only(set())
+                led = term
             try:
                 # Actions make new facts (an attempt just created, a worker just dead): look again at once.
                 for _ in range(8):
-                    if not self.tick():
+                    if not self.tick() or self._plane.lead.term != led:
                         break
                 self._cleaner.clean()
+            except DBAPIError as error:
+                log.warning("the database can't be used, trying again: %s", " ".join(str(error.orig).split())[:300])
             except Exception:
                 log.exception("reconciling failed; trying again")
 
@@ -443,14 +465,12 @@ class Reconciler:
             open_runs = runs.open_runs(connection)
             live_engines = engines.live(connection)
             attempts = runs.attempts_of(connection, [run.id for run in open_runs])
-            brought = {
-                run.id: {found.epoch for found in runs.checkpoints_of(connection, run.id)} for run in open_runs
-            }
+            brought = runs.epochs_with_checkpoints(connection, [run.id for run in open_runs if attempts[run.id]])
         seen = []
         expected: set[str] = set()
         for run in open_runs:
             views = tuple(
-                self._see(attempt, listed or {}, attempt.epoch in brought[run.id]) for attempt in attempts[run.id]
+                self._see(attempt, listed or {}, (run.id, attempt.epoch) in brought) for attempt in attempts[run.id]
             )
             expected |= {attempt.id for attempt in attempts[run.id] if attempt.state is not AttemptState.ENDED}
             seen.append(
@@ -508,8 +528,8 @@ class Reconciler:
             probe=probe,
             found=listed.get(attempt.id),
             phase=attempt.phase,
-            silent_s=watch.elapsed(attempt.id, "beat") if running else 0.0,
-            stuck_s=watch.elapsed(attempt.id, "progress") if running else 0.0,
+            silent_s=watch.unchanged(last_beat(attempt), attempt.id, "beat") if running else 0.0,
+            stuck_s=watch.unchanged(progress_of(attempt), attempt.id, "progress") if running else 0.0,
             state_s=watch.elapsed(attempt.id, "state", attempt.state) if live else 0.0,
             stop_reason=attempt.stop_reason,
             stop_s=watch.elapsed(attempt.id, "stop") if live and attempt.stop_reason else 0.0,

@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from flash.artifacts.store import Store
 from flash.control_plane.counting import Requests
 from flash.control_plane.followers import Followers
+from flash.control_plane.leading import Alone, Elected, Lead
 from flash.control_plane.links import Links
 from flash.control_plane.readiness import Readiness
 from flash.control_plane.settings import ServerSettings
 from flash.control_plane.stopwatches import Stopwatches
+from flash.control_plane.tailing import Tails
 from flash.control_plane.traffic import Traffic
 from flash.launching.launcher import Launcher
 from flash.launching.local import LocalLauncher
@@ -30,6 +32,7 @@ class Services:
     launcher: Launcher
     stopwatches: Stopwatches
     traffic: Traffic
+    lead: Lead = field(default_factory=Alone)
     requests: Requests = field(default_factory=Requests)
     followers: Followers = field(default_factory=Followers)
     links: Links = field(default_factory=Links)  # into the dashboard
@@ -40,6 +43,9 @@ class Services:
     api_url: str = ""  # as workers reach this server; known once it listens
 
     def __post_init__(self) -> None:
+        self.tails = Tails(self.database, self.settings.stream_poll_s)
+        self.database.on_commit(self.tails.touch)
+        self.database.on_commit(self.followers.notify)
         self.readiness = Readiness(self.database, self.store, self.stopping)
 
     def close(self) -> None:
@@ -54,7 +60,7 @@ def open_services(
     settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
     database = Database(settings.database)
     watches = stopwatches or Stopwatches()
-    services = Services(
+    return Services(
         settings=settings,
         database=database,
         store=Store(settings.store, settings.store_options),
@@ -63,8 +69,7 @@ def open_services(
         stopwatches=watches,
         traffic=Traffic(watches, settings.max_requests),
         fetches=threading.BoundedSemaphore(settings.github_fetches),
+        lead=Elected(database.url, settings.leader_lease_s) if database.shared else Alone(),
         clock=database.clock,
         api_url=settings.worker_url or f"http://{settings.host}:{settings.port}",
     )
-    database.on_commit(services.followers.notify)
-    return services

@@ -67,3 +67,36 @@ def open_engine(url: URL) -> Engine:
 def run_lock(run_id: str) -> tuple[int, int]:
     """The lock of one run. Two runs with one number only take turns where they need not."""
     return RUNS, zlib.crc32(run_id.encode()) - 2**31
+
+
+SESSION_ERRORS = (psycopg.Error, OSError)
+
+
+class Session:
+    """A session of one's own, for a lock that is held from one transaction to the next.
+
+    Postgres ends it, and frees its locks, when it was silent for `silent_s`. Raises `SESSION_ERRORS`.
+    """
+
+    def __init__(self, url: URL, *, silent_s: float) -> None:
+        plain = url.set(drivername="postgresql").render_as_string(hide_password=False)
+        self._connection = psycopg.connect(plain, autocommit=True, **connect_arguments(url))
+        # The server's end too: a machine that is gone says no goodbye.
+        for name, value in (
+            ("idle_session_timeout", f"{int(silent_s * 1000)}ms"),
+            ("tcp_keepalives_idle", str(max(1, int(silent_s / 3)))),
+            ("tcp_keepalives_interval", str(max(1, int(silent_s / 6)))),
+            ("tcp_keepalives_count", "3"),
+        ):
+            self._connection.execute("SELECT set_config(%s, %s, false)", (name, value))
+
+    def try_lock(self, lock: tuple[int, int]) -> bool:
+        """Whether the lock is this session's now. Never waits."""
+        row = self._connection.execute("SELECT pg_try_advisory_lock(%s::int, %s::int)", lock).fetchone()
+        return row is not None and bool(row[0])
+
+    def ping(self) -> None:
+        self._connection.execute("SELECT 1")
+
+    def close(self) -> None:
+        self._connection.close()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sqlalchemy import Connection, exists, func, insert, or_, select, tuple_, update
@@ -513,24 +513,23 @@ def claim(connection: Connection, attempt: AttemptRow, *, pid: int, now: float) 
 
 def record_heartbeat(
     connection: Connection, attempt: AttemptRow, beat: Heartbeat, *, active_s: float, now: float
-) -> None:
-    """Stores what the worker is doing; `active_s` is the time to add under its lease."""
+) -> AttemptRow:
+    """Stores what the worker is doing; `active_s` is the time to add under its lease. The attempt as it is now."""
     attempts, table = schema.attempts, schema.runs
+    beaten = replace(
+        attempt, phase=beat.phase, step=_bounded(beat.step), progress=_bounded(beat.progress), heartbeat_at=now
+    )
     connection.execute(
         update(attempts)
         .where(attempts.c.run_id == attempt.run_id, attempts.c.epoch == attempt.epoch)
-        .values(
-            phase=beat.phase.value,
-            step=_bounded(beat.step),
-            progress=_bounded(beat.progress),
-            heartbeat_at=now,
-        )
+        .values(phase=beat.phase.value, step=beaten.step, progress=beaten.progress, heartbeat_at=now)
     )
     connection.execute(
         update(table)
         .where(table.c.id == attempt.run_id)
         .values(phase=beat.phase.value, active_s=table.c.active_s + active_s, updated_at=now)
     )
+    return beaten
 
 
 def record_events(
@@ -650,6 +649,13 @@ def checkpoints_of(connection: Connection, run_id: str) -> list[Checkpoint]:
         )
         for row in rows
     ]
+
+
+def epochs_with_checkpoints(connection: Connection, run_ids: Sequence[str]) -> set[tuple[str, int]]:
+    """The attempts of these runs that brought a checkpoint."""
+    table = schema.checkpoints
+    query = select(table.c.run_id, table.c.epoch).where(table.c.run_id.in_(list(run_ids))).distinct()
+    return {(row.run_id, row.epoch) for row in connection.execute(query)}
 
 
 def manifest_of(connection: Connection, run_id: str, step: int) -> Manifest:

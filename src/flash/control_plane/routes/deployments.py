@@ -25,6 +25,7 @@ class DeploymentList(BaseModel):
     },
 )
 async def deploy(body: DeployRequest, request: Request, response: Response, me: Me, plane: Plane) -> DeployAnswer:
+    request.state.object = f"run={body.run_id}"
     done = await deploying.deploy(plane, request.app.state.hosts, me, body)
     response.status_code = {"planned": 200, "waiting": 202, "live": 201}[done.state]
     return done

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Header, Query, Response
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel
 from sqlalchemy import Connection
-from starlette.concurrency import run_in_threadpool
 
 from flash.artifacts.manifests import adapter_only, stream_file
 from flash.control_plane.auth import Me, Plane
@@ -75,6 +75,7 @@ def _status(plane: Services, connection: Connection, run: runs.RunRow) -> RunSta
 @router.post("", status_code=201, responses={200: {"model": RunStatus, "description": "a repeat: the same run"}})
 def create(
     body: SubmitRequest,
+    request: Request,
     response: Response,
     me: Me,
     plane: Plane,
@@ -82,6 +83,7 @@ def create(
 ) -> RunStatus:
     done = submit(plane, me, body, idempotency_key)
     failpoint("server.submitted")
+    request.state.object = f"run={done.run_id}"
     if not done.created:
         response.status_code = 200
     with plane.database.read() as connection:
@@ -117,10 +119,17 @@ def cancel(run_id: str, me: Me, plane: Plane) -> RunStatus:
     "/{run_id}/retry", status_code=201, responses={200: {"model": RunStatus, "description": "a repeat: the same run"}}
 )
 def retry(
-    run_id: str, body: RetryRequest, response: Response, me: Me, plane: Plane, idempotency_key: Key = None
+    run_id: str,
+    body: RetryRequest,
+    request: Request,
+    response: Response,
+    me: Me,
+    plane: Plane,
+    idempotency_key: Key = None,
 ) -> RunStatus:
     """A new run from the exact state of a failed or cancelled one."""
     done = retry_run(plane, me, run_id, body.secrets, idempotency_key)
+    request.state.object = f"run={done.run_id} retry_of={run_id}"
     if not done.created:
         response.status_code = 200
     with plane.database.read() as connection:
@@ -172,23 +181,15 @@ async def stream(
     with plane.followers.follow(run_id) as changed:
         while not plane.followers.closed:
             changed.clear()
-            page, ended = await run_in_threadpool(_page, plane, run_id, after)
-            for event in page:
-                after = event.seq
-                yield ServerSentEvent(data=event.model_dump(mode="json"), id=str(event.seq))
-            if ended and not page:
+            lines, last = await plane.tails.after(run_id, after)
+            for seq, text in lines:
+                after = seq
+                yield ServerSentEvent(raw_data=text, id=str(seq))
+            if last:
                 return
-            if not page:
-                try:  # the wait's end is only a fallback, for changes that another server committed
+            if not lines:
+                with suppress(TimeoutError):  # a fallback, for changes that another server committed
                     await asyncio.wait_for(changed.wait(), plane.settings.stream_poll_s)
-                except TimeoutError:
-                    continue
-
-
-def _page(plane: Services, run_id: str, after: int) -> tuple[list[Event], bool]:
-    with plane.database.read() as connection:
-        ended = runs.get_run(connection, run_id).state.terminal
-        return events.read(connection, run_id, after=after, limit=500), ended
 
 
 @router.get("/{run_id}/checkpoints")

@@ -15,6 +15,7 @@ from flash.artifacts.manifests import environment_key
 from flash.control_plane import checkpoints
 from flash.control_plane.auth import EngineHost, Plane, Worker, WorkerIdentity, require_live
 from flash.control_plane.engines import record_heartbeat
+from flash.control_plane.reconciler import last_beat, progress_of
 from flash.control_plane.redacting import redacted_events, redacted_finish, redacted_manifest, redactor_for
 from flash.control_plane.services import Services
 from flash.errors import Conflict
@@ -54,12 +55,13 @@ def _live(connection: Connection, worker: WorkerIdentity, epoch: int) -> runs.At
 
 @router.post("/claim")
 def claim(body: ClaimRequest, worker: Worker, plane: Plane) -> Claim:
-    with plane.database.write() as connection:
+    with plane.database.write(about=worker.run_id) as connection:
         attempt = runs.get_attempt(connection, worker.run_id, worker.epoch)
         require_live(attempt, worker.epoch, states=(AttemptState.LAUNCHING, AttemptState.RUNNING))
         if not runs.claim(connection, attempt, pid=body.pid, now=plane.clock()):
             raise Conflict(f"attempt {attempt.id} is taken or over", remedy="this worker must exit")
-        _restart(plane, attempt.id)
+        attempt = runs.get_attempt(connection, worker.run_id, worker.epoch)
+    _saw(plane, attempt)
     failpoint("server.claimed")
     resume = checkpoints.find_resume(plane, worker.run_id)
     with plane.database.read() as connection:
@@ -72,7 +74,8 @@ def claim(body: ClaimRequest, worker: Worker, plane: Plane) -> Claim:
         )
         secrets = plane.vault.open_all(connection, run.id)
         init = checkpoints.find_init(connection, run)
-    _restart(plane, attempt.id)
+    for name in ("beat", "progress"):  # finding a checkpoint may have taken a while
+        plane.stopwatches.restart(attempt.id, name)
     plane.wake.set()
     return Claim(
         run_id=run.id,
@@ -91,28 +94,36 @@ def claim(body: ClaimRequest, worker: Worker, plane: Plane) -> Claim:
     )
 
 
-def _restart(plane: Services, attempt_id: str) -> None:
-    plane.stopwatches.restart(attempt_id, "beat")
-    plane.stopwatches.restart(attempt_id, "progress")
+def _saw(plane: Services, attempt: runs.AttemptRow) -> None:
+    """Its lease and its progress count from here."""
+    plane.stopwatches.unchanged(last_beat(attempt), attempt.id, "beat")
+    plane.stopwatches.unchanged(progress_of(attempt), attempt.id, "progress")
 
 
 @router.post("/heartbeat")
 def heartbeat(body: Heartbeat, worker: Worker, plane: Plane) -> HeartbeatAnswer:
-    with plane.database.write() as connection:
+    with plane.database.write(about=worker.run_id) as connection:
         attempt = _live(connection, worker, body.epoch)
-        silent_s = plane.stopwatches.restart(attempt.id, "beat")
-        if body.progress != attempt.progress or body.phase != attempt.phase or body.step != attempt.step:
-            plane.stopwatches.restart(attempt.id, "progress")
-        active_s = min(silent_s, plane.settings.lease_s)
-        runs.record_heartbeat(connection, attempt, body, active_s=active_s, now=plane.clock())
+        now = plane.clock()
+        active_s = _under_lease(plane, attempt, now)
+        beaten = runs.record_heartbeat(connection, attempt, body, active_s=active_s, now=now)
         run = runs.get_run(connection, attempt.run_id)
+    _saw(plane, beaten)
     stop = attempt.stop_reason is not None or run.desired == "cancel"
     return HeartbeatAnswer(desired="cancel" if stop else "run", lease_s=plane.settings.lease_s)
 
 
+def _under_lease(plane: Services, attempt: runs.AttemptRow, now: float) -> float:
+    """Seconds to add to the run's time. With several servers only the database knows of the beat before."""
+    since = last_beat(attempt)
+    alone = plane.stopwatches.unchanged(since, attempt.id, "beat")
+    silent_s = now - since if plane.database.shared and since is not None else alone
+    return min(max(0.0, silent_s), plane.settings.lease_s)
+
+
 @router.post("/events")
 def events(body: EventBatch, worker: Worker, plane: Plane) -> EventAck:
-    with plane.database.write() as connection:
+    with plane.database.write(about=worker.run_id) as connection:
         attempt = _live(connection, worker, body.epoch)
         said = redacted_events(redactor_for(plane, connection, worker.run_id), body.events)
         watermark = runs.record_events(connection, attempt, said, now=plane.clock())
@@ -125,7 +136,7 @@ def report_checkpoint(body: CheckpointReport, worker: Worker, plane: Plane) -> N
     with plane.database.read() as connection:
         _live(connection, worker, body.epoch)
     manifest = checkpoints.checked_manifest(plane, worker.run_id, body)
-    with plane.database.write() as connection:
+    with plane.database.write(about=worker.run_id) as connection:
         attempt = _live(connection, worker, body.epoch)
         runs.record_checkpoint(
             connection,
@@ -142,7 +153,7 @@ def report_checkpoint(body: CheckpointReport, worker: Worker, plane: Plane) -> N
 @router.post("/finish", status_code=204)
 def finish(body: Finish, worker: Worker, plane: Plane) -> None:
     refused = None
-    with plane.database.write() as connection:
+    with plane.database.write(about=worker.run_id) as connection:
         attempt = runs.get_attempt(connection, worker.run_id, worker.epoch)
         if attempt.outcome == body.outcome and body.epoch == attempt.epoch:
             return  # said before; the answer was lost
