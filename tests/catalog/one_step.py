@@ -12,8 +12,6 @@ from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, __file__.rpartition("/")[0])
 
-from layouts import config_of, spec_of
-
 from flash.catalog.catalog import ModelEntry
 from flash.catalog.fit import memory_needed
 from flash.inference.loading import BaseModel
@@ -22,6 +20,7 @@ from flash.training.batches import collate
 from flash.training.losses import negative_log_likelihood
 from flash.training.optimizer import build_optimizer, optimizer_step
 from flash.training.policy import NAME, Policy, lean_forward, model_forward
+from layouts import config_of, spec_of
 
 torch.set_num_threads(1)
 entry, tokens, rank = ModelEntry.model_validate_json(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])

@@ -386,7 +386,10 @@ def test_bodies_over_the_limit_are_refused_declared_or_not(world):
 
 @pytest.mark.parametrize(
     "path",
-    ["/nowhere", "/api", "/api/runs/%00", "/api/runs/..%2f..", "/api/runs/ü", "/worker/attempts/x", "/api/environments/a/b/c"],
+    [
+        "/nowhere", "/api", "/api/runs/%00", "/api/runs/..%2f..", "/api/runs/ü", "/worker/attempts/x",
+        "/api/environments/a/b/c",
+    ],
 )
 def test_paths_that_lead_nowhere_are_not_found(world, path):
     answer = world.call("GET", path)
@@ -463,7 +466,7 @@ def test_strange_reports_do_no_harm(world):
     assert answer.json() == {"acknowledged": 3}
     assert worker.post("heartbeat", {"epoch": 1, "phase": "training", "step": 10**40}).status_code == 200
     assert world.status(run_id)["metrics"] == {"loss": None}
-    assert world.events(run_id, kinds="log")[0]["data"]["text"] == "? \0"
+    assert world.events(run_id, kinds="log")[0]["data"]["text"] == "? \ufffd"  # Postgres holds no NUL
     assert worker.post("finish", {"epoch": 1, "outcome": "failed", "error": {"message": ["x"]}}).status_code == 204
     world.launcher.die(worker.attempt_id)
     world.settle()

@@ -7,7 +7,6 @@ import sqlite3
 import pytest
 from sqlalchemy import Connection
 
-
 ON_SQLITE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
 

@@ -89,7 +89,7 @@ def test_it_grows_into_todays_with_what_is_in_it(empty: URL, revision: str):
         assert (run.pinned, run.gpus, run.key_id) == (False, 0, None)
         assert [event.data["to"] for event in events.read(connection, RUN)] == ["queued"]
         caller = identity.find_caller(connection, KEY)
-        assert caller is not None and (caller.org, caller.role) == ("local", "owner")
+        assert caller is not None and (caller.org, caller.role.word) == ("local", "owner")
         assert runs.find_submission(connection, org="local", key="k", body_mac="m") == RUN
         assert connection.execute(select(schema.secrets.c.sealed)).scalar() == b"sealed"
     with database.write() as connection:  # and life goes on

@@ -39,6 +39,10 @@ def compile_schema(schema: Mapping[str, Any] | bool | None) -> str:
         fault, messages = LLMatcher.validate_grammar_with_warnings(grammar)
     except (TypeError, ValueError, RecursionError) as error:
         fault, messages = True, [str(error)]
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # llguidance's Rust side, on schemas that it can't even quote
+            raise
+        fault, messages = True, ["it is not a schema"]
     if fault:
         reason = " ".join(messages[0].split()) if messages else "it is not valid"
         raise InvalidInput(f"the JSON schema can't be followed: {reason}", remedy="simplify the schema")
