@@ -18,6 +18,8 @@ from tests.layouts.checkpoints import LAYOUTS, Layout
 from tests.layouts.proofs import proves
 
 from flash.errors import ModelError
+from flash.inference.continuous import ContinuousEngine
+from flash.inference.decoding import check_rows_stay_apart
 from flash.inference.engine import Request, Sampling
 from flash.inference.loading import BaseModel, load_base
 from flash.inference.torch_engine import TorchEngine
@@ -188,3 +190,18 @@ def test_a_model_that_sees_the_tokens_to_come_is_refused(checkpoints: dict[str, 
     base = mixed(checkpoints, "Qwen3.5", dim=1)
     with pytest.raises(ModelError, match="depends on the tokens after it"):
         build_policy(base, rank=4, alpha=8, seed=0)
+
+
+def test_a_model_whose_rows_mix_in_decoding_is_refused(checkpoints: dict[str, Path]) -> None:
+    base = mixed(checkpoints, "Qwen3.5", dim=0)
+    with pytest.raises(ModelError, match="decoded together affect each other"):
+        ContinuousEngine(base)
+    with pytest.raises(ModelError, match="decoded together affect each other"):
+        TorchEngine(base).generate([Request((5, 6, 7), Sampling(max_tokens=1))])
+
+
+@pytest.mark.parametrize("name", ["Qwen3.5", "Qwen3.6 MoE"])
+def test_the_checks_pass_in_bf16_too(name: str, checkpoints: dict[str, Path]) -> None:
+    base = load_base(checkpoints[name], device="cpu", dtype=torch.bfloat16)
+    assert rows_stay_apart(base, model_forward(base))
+    check_rows_stay_apart(base.model)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from flash.inference.adapter_bank import Home
-from flash.inference.decoding import CacheDecoder
+from flash.inference.decoding import CacheDecoder, check_rows_stay_apart
 from flash.inference.engine import Request, Scored
 from flash.inference.loading import BaseModel
 from flash.inference.lora import Adapter
@@ -267,6 +267,7 @@ class TurnBatch:
     """Rows lie group after group, in the groups' order."""
 
     def __init__(self, base: BaseModel, limits: Limits) -> None:
+        check_rows_stay_apart(base.model)
         self._base = base
         self._limits = limits
         self._groups: list[_Group] = []
