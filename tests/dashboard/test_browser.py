@@ -394,6 +394,23 @@ def test_a_run_is_started_followed_deployed_and_asked(open_page: Callable[..., A
     page.get_by_text("Nothing is deployed.").wait_for()
 
 
+def test_an_admin_sees_to_keys(open_page: Callable[..., Any]):
+    page = open_page("/account")
+    page.get_by_label("Name", exact=True).fill("a <b>program</b>")
+    page.get_by_label("Role").select_option("read-only")
+    page.get_by_label("Most unfinished runs").fill("2")
+    page.get_by_role("button", name="Make a key").click()
+    page.get_by_label("The new key").wait_for()
+    secret = page.get_by_label("The new key").inner_text()
+    row = page.get_by_label("Keys", exact=True).get_by_role("row").filter(has_text="a <b>program</b>")
+    row.wait_for()
+    assert "read-only" in row.inner_text() and secret not in row.inner_text()
+    page.on("dialog", lambda dialog: dialog.accept())
+    row.get_by_role("button", name="Revoke").click()
+    until(lambda: "revoked" in row.inner_text(), "it is revoked")
+    assert page.get_by_label("Audit log").get_by_role("row").count() > 2
+
+
 # --- everyone -------------------------------------------------------------------------------------------------
 
 PAGES = [

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Header, Request, Response
 from fastapi.responses import RedirectResponse
 from pydantic import BaseModel, Field
 
-from flash.control_plane.auth import Bearer, Me, Plane
+from flash.control_plane.auth import Bearer, Plane, Reader
 from flash.control_plane.links import VALID_S
 from flash.control_plane.routes import packages, planning, series
 from flash.dashboard import site
@@ -36,7 +36,7 @@ class Key(BaseModel):
 
 
 @router.post("/api/dashboard/links", status_code=201, tags=["pages"])
-def make_link(me: Me, token: Bearer, plane: Plane) -> Link:
+def make_link(me: Reader, token: Bearer, plane: Plane) -> Link:
     """A code that a browser can turn into the caller's key, once, soon."""
     return Link(code=plane.links.make(token), valid_s=VALID_S)
 

@@ -16,7 +16,7 @@ from flash.catalog.hardware import gpu_classes
 from flash.config.load import parse_config
 from flash.config.recipes import resolve, train_defaults
 from flash.config.reference import all_keys, json_schema
-from flash.control_plane.auth import Me, Plane
+from flash.control_plane.auth import Me, Plane, Reader
 from flash.control_plane.estimating import packaged_rows, plan_run
 from flash.control_plane.submitting import find_source, pin_environment
 from flash.errors import FlashError
@@ -120,7 +120,7 @@ class Plan(BaseModel):
 
 
 @router.post("/plan")
-def make_plan(body: PlanRequest, me: Me, plane: Plane) -> Plan:
+def make_plan(body: PlanRequest, me: Reader, plane: Plane) -> Plan:
     """Checks a config as a submit would, and says what the run would come to."""
     catalog = load_catalog(plane.settings.home)
     config, warnings = parse_config(body.config, catalog=catalog)
