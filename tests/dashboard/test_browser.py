@@ -207,7 +207,7 @@ def test_a_hundred_thousand_steps_open_at_once(open_page: Callable[..., Any], si
         took.append(time.monotonic() - began)
     points = page.locator('[data-metric="reward"] path.curve').get_attribute("d")
     assert 100 < points.count("L") <= 300
-    assert min(took) < 3.0  # 0.4 s on an idle machine; this one may be shared
+    assert min(took) < 3.0  # about half a second where the machine is ours alone
     moved = page.evaluate(
         """async () => {
             const slider = document.querySelector('input[type=range]');
