@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from flash.client.client import FlashClient
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
+HINT_S = 2.0  # without a sign, after which a person is told what for
 PATIENCE_S = 1800.0  # for an engine that has to start or to wait for a device
 
 
@@ -53,13 +55,18 @@ def _converse(client: FlashClient, request: dict[str, Any], options: Globals) ->
     give_up_at, told = time.monotonic() + PATIENCE_S, ""
     while True:
         answer = Answer(options)
+        hint = threading.Timer(HINT_S, note, ["waiting for the engine ..."])
+        if options.human():
+            hint.start()
         try:
             with client.chat(request) as stream:
+                hint.cancel()
                 for chunk in stream.chunks:
                     answer.take(chunk)
             answer.end(request, stream.checkpoint)
             return
         except FlashError as error:
+            hint.cancel()
             answer.break_line()
             if error.retry_after_s is None or answer.begun or time.monotonic() >= give_up_at:
                 raise
@@ -67,6 +74,8 @@ def _converse(client: FlashClient, request: dict[str, Any], options: Globals) ->
                 note(f"{error.message}; trying again ...")
             told = error.message
             time.sleep(error.retry_after_s)
+        finally:
+            hint.cancel()
 
 
 class Answer:
