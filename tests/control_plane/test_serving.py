@@ -297,11 +297,13 @@ def test_an_engine_makes_room_for_another_base(open_service):
     assert (second.model, second.id != first.id) == ("other/base", True)
     with ThreadPoolExecutor(1) as pool:
         with service.stream(other, "slow") as stream:
-            next(stream.iter_lines())  # busy: it does not yield
+            lines = stream.iter_lines()  # kept: one that is dropped closes the connection
+            next(lines)  # busy: it does not yield
             waiting = pool.submit(service.chat, run_id)
             until(lambda: "cpu serves other/base" in waiting_reason(service))
             time.sleep(0.5)
             assert not waiting.done()
+            next(lines)
         assert waiting.result().status_code == 200
 
 
