@@ -27,6 +27,7 @@ from flash.errors import ModelError, OutOfMemory
 from flash.inference.fetching import Progress, locate
 from flash.inference.lanes import ONE_LANE, Lanes
 from flash.inference.lora import Adapters
+from flash.inference.memory import first_line, is_out_of_memory
 from flash.inference.model_files import check
 
 transformers_logging.disable_progress_bar()
@@ -133,10 +134,12 @@ def load_base(
             **_LOCAL,
         )
         model = model.to(place).eval()
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemory(f"{label} does not fit into the memory of {place}: {error}") from error
-    except _LOADING_FAILS as error:
-        raise _explained(label, error) from error
+    except (RuntimeError, MemoryError, *_LOADING_FAILS) as error:
+        if is_out_of_memory(error):
+            raise OutOfMemory(f"{label} does not fit into the memory of {place}: {first_line(error)}") from error
+        if isinstance(error, _LOADING_FAILS):
+            raise _explained(label, error) from error
+        raise
     _check_report(label, report)
     return BaseModel(
         name=label,

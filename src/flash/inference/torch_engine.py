@@ -55,13 +55,16 @@ class TorchEngine:
         *,
         max_rows: int = _MAX_ROWS,
         max_cache_tokens: int = _MAX_CACHE_TOKENS,
+        divisor: int = 1,
         ignore_stop_ids: bool = False,
     ) -> None:
-        """`ignore_stop_ids` decodes past the model's own end tokens (for measurements of fixed length)."""
+        """`divisor` lessens what decodes at once, after memory ran out. `ignore_stop_ids` decodes past the model's own
+        end tokens (for measurements of fixed length)."""
         self._base = base
         self._stop_ids = frozenset() if ignore_stop_ids else frozenset(base.stop_ids)
-        self._max_rows = max_rows
-        self._max_cache_tokens = max_cache_tokens
+        self._max_rows = max(1, max_rows // divisor)
+        self._max_cache_tokens = max_cache_tokens // divisor
+        self._asked = 0  # samples of the newest call
         self._decoders: list[Decoder] = []  # one a lane
 
     def load_adapter(self, name: str, folder: Path) -> None:
@@ -91,9 +94,19 @@ class TorchEngine:
         for decoder in self._decoders:
             decoder.clear()
 
+    def shrink(self) -> int | None:
+        """Halves what decodes at once: how many samples at most from here on. None: it was one already."""
+        rows = min(self._max_rows, self._asked)
+        if rows < 2:
+            return None
+        self._max_rows = rows // 2
+        self._max_cache_tokens //= 2
+        return self._max_rows
+
     def _run(self, requests: Sequence[Request], watch: Watch | None) -> Iterator[tuple[_Row, bool]]:
         """Every sample after each of its tokens, and whether it got one (a cancelled one may not have)."""
         self._check(requests)
+        self._asked = sum(request.n for request in requests)
         for adapter in dict.fromkeys(request.adapter for request in requests):
             waiting = [
                 (i, k) for i, request in enumerate(requests) if request.adapter == adapter for k in range(request.n)

@@ -38,8 +38,9 @@ from flash.training.batches import (
     steps_per_epoch,
 )
 from flash.training.checkpoints import ADAPTER, Provenance, read_state, write_checkpoint
+from flash.training.fitting import MicroBatches
 from flash.training.losses import negative_log_likelihood
-from flash.training.optimizer import Gradients, build_optimizer, learning_rate, optimizer_step, out_of_memory
+from flash.training.optimizer import Gradients, build_optimizer, learning_rate, optimizer_step
 from flash.training.policy import Policy, build_policy
 from flash.training.reporter import Reporter
 
@@ -101,7 +102,9 @@ def train(
 
     total_steps = _total_steps(spec, len(rows))
     provenance = Provenance(spec, environment_digest, base.revision)
-    budget = max(1, spec.recipe.micro_batch_tokens // micro_batch_divisor)
+    micro = MicroBatches.planned(
+        spec.recipe, divisor=micro_batch_divisor, before=progress.micro_batch_tokens, warn=reporter.warn
+    )
     checkpoint = resume_from
 
     reporter.phase(Phase.TRAINING, total_steps=total_steps)
@@ -111,12 +114,11 @@ def train(
         step = progress.step + 1
         indices = batch_indices(len(rows), settings.batch_size, seed=spec.seed, step=step)
         rate = learning_rate(settings.learning_rate, spec.recipe, step=step, total_steps=total_steps)
-        try:
-            loss = _accumulate_gradients(policy, rows, indices, budget, reporter)
-        except (RuntimeError, MemoryError) as error:
-            if clean := out_of_memory(error):
-                raise clean from error
-            raise
+        loss = micro.fitting(
+            partial(_accumulate_gradients, policy, rows, indices, micro, reporter),
+            rows.lengths[indices].tolist(),
+            what=f"step {step}",
+        )
         norm = optimizer_step(
             optimizer, parameters, rate=rate, max_grad_norm=spec.recipe.max_grad_norm, step=step
         )
@@ -124,6 +126,7 @@ def train(
         progress.step = step
         progress.tokens += int(rows.lengths[indices].sum())
         progress.examples += len(indices)
+        progress.micro_batch_tokens = micro.tokens
         seconds = time.perf_counter() - started
         lasting = {
             "loss": loss,
@@ -140,7 +143,11 @@ def train(
         stopped = not final and reporter.should_stop()
         if final or stopped or step % settings.save_every == 0:
             if held_out is not None:
-                lasting["eval_loss"] = _mean_loss(policy, held_out, budget, reporter)
+                lasting["eval_loss"] = micro.fitting(
+                    partial(_mean_loss, policy, held_out, micro, reporter),
+                    held_out.lengths.tolist(),
+                    what="the held-out loss",
+                )
                 reporter.metrics(step, {"eval_loss": lasting["eval_loss"]})
             checkpoint = write_checkpoint(
                 work_dir,
@@ -149,7 +156,7 @@ def train(
                 optimizer=optimizer,
                 provenance=provenance,
                 metrics=lasting,
-                extra={"tokens": progress.tokens, "examples": progress.examples},
+                extra={name: value for name, value in vars(progress).items() if name != "step"},
             )
             reporter.checkpoint(checkpoint, step=step, final=final, metrics=lasting)
     return TrainResult(progress.step, checkpoint, stopped)
@@ -162,6 +169,7 @@ class _Progress:
     step: int = 0
     tokens: int = 0
     examples: int = 0
+    micro_batch_tokens: int | None = None  # what they have come down to
 
 
 def _total_steps(spec: RunSpec, rows: int) -> int:
@@ -284,9 +292,11 @@ def _has_thinking(target: SFTTarget) -> bool:
 
 
 def _accumulate_gradients(
-    policy: Policy, rows: TokenRows, indices: Ints, token_budget: int, reporter: Reporter
+    policy: Policy, rows: TokenRows, indices: Ints, micro: MicroBatches, reporter: Reporter
 ) -> float:
-    """Adds the batch's gradient to the parameters; returns its mean loss per trained token."""
+    """Gives the parameters the batch's gradient; returns its mean loss per trained token."""
+    for parameter in policy.parameters():
+        parameter.grad = None  # of a pass that ran out of memory
     trained = rows.trained_tokens(indices)
 
     def accumulate(share: Sequence[Ints]) -> tuple[Tensor, Gradients]:
@@ -300,13 +310,13 @@ def _accumulate_gradients(
         return total, gradients
 
     total = torch.zeros((), device=policy.base.device)
-    for part, gradients in _on_lanes(policy, accumulate, _shares(policy.base, rows, indices, token_budget)):
+    for part, gradients in _on_lanes(policy, accumulate, _shares(policy.base, rows, indices, micro.tokens)):
         gradients.apply()
         total += part
     return float(total)
 
 
-def _mean_loss(policy: Policy, rows: TokenRows, token_budget: int, reporter: Reporter) -> float:
+def _mean_loss(policy: Policy, rows: TokenRows, micro: MicroBatches, reporter: Reporter) -> float:
     indices = np.arange(len(rows))
     trained = rows.trained_tokens(indices)
 
@@ -319,7 +329,7 @@ def _mean_loss(policy: Policy, rows: TokenRows, token_budget: int, reporter: Rep
             reporter.progress()
         return total
 
-    return float(sum(_on_lanes(policy, loss, _shares(policy.base, rows, indices, token_budget))))
+    return float(sum(_on_lanes(policy, loss, _shares(policy.base, rows, indices, micro.tokens))))
 
 
 def _on_lanes(policy: Policy, work: Callable[[list[Ints]], T], shares: Sequence[list[Ints]]) -> list[T]:

@@ -99,10 +99,12 @@ def named(error: Exception) -> FlashError:
     """What went wrong as a person will read it; the traceback goes along where the line alone explains nothing."""
     if isinstance(error, FlashError):
         return error
+    from flash.inference.memory import is_out_of_memory
+
     detail = "".join(traceback.format_exception(error))
     if is_full_disk(error):
         return Unavailable(f"the disk is full: {_first_line(error)}", remedy="free space", detail=detail)
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return OutOfMemory(f"the device ran out of memory: {_first_line(error)}", detail=detail)
     return InternalError(f"training failed: {type(error).__name__}: {_first_line(error)}", detail=detail)
 
@@ -160,7 +162,7 @@ def _train(job: Mapping[str, Any], channel: Channel, stop: threading.Event) -> s
     evaluate(
         spec,
         base,
-        TorchEngine(base),
+        TorchEngine(base, divisor=int(job.get("micro_batch_divisor", 1))),
         environment,
         reporter,
         result.checkpoint / ADAPTER,
@@ -223,14 +225,6 @@ def _peak_memory(device: str) -> int:
 
 def _path(text: str | None) -> Path | None:
     return Path(text) if text else None
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    import torch
-
-    # A CPU allocation that fails is a plain RuntimeError with one of these texts.
-    texts = ("can't allocate memory", "not enough memory", "CUDA out of memory")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 
 
 def _first_line(error: Exception) -> str:
