@@ -72,9 +72,13 @@ class BaseModel:
 
 
 def best_device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "cpu"
+    """For callers that are given none; a launcher gives each attempt its own."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def dtype_for(device: torch.device) -> torch.dtype:
+    """What a base is computed in there. Never fp16: it gives NaN gradients in Gated DeltaNet."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 def load_checked(source: str | Path, *, device: str, **options: Any) -> tuple[BaseModel, str | None]:
@@ -120,7 +124,7 @@ def load_base(
     """
     label = name or str(source)
     place = torch.device(device or best_device())
-    kind = dtype or (torch.float32 if place.type == "cpu" else torch.bfloat16)
+    kind = dtype or dtype_for(place)
     about = describe(source, name=name, revision=revision, progress=progress)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(

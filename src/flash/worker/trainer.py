@@ -203,6 +203,8 @@ def _algorithm(name: str) -> Any:
 
 def make_repeatable(seed: int, *, threads: int) -> None:
     """One seed, one thread count and deterministic kernels: two equal jobs take equal steps on one machine."""
+    # what cuBLAS needs to repeat its sums; read once, when a GPU is first used
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import torch
 
     random.seed(seed)
