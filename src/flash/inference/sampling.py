@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flash.inference.engine import Sampling, Scored
+from flash.inference.scripting import scripted
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -58,6 +59,12 @@ class Knobs:
     top_p_B_1: Tensor | None = None  # None: 1 for all
     tempered_B_1: Tensor | None = None  # rows whose log-probs are wanted under the tempered distribution
 
+    @property
+    def plain(self) -> bool:
+        """Every row is drawn at temperature 1 from all tokens."""
+        knobs = (self.temperature_B_1, self.greedy_B_1, self.top_p_B_1, self.tempered_B_1)
+        return self.drawn and all(knob is None for knob in knobs)
+
     @classmethod
     def of(cls, samplings: Sequence[Sampling], device: torch.device) -> Knobs:
         def column(values: list[Any]) -> Tensor:
@@ -87,6 +94,8 @@ def choose(
     `u_B_1` (fp64, uniform) picks from the cumulative distribution, so equal draws give equal tokens. Tokens
     `banned` are never drawn; the log-probs are those of the model all the same.
     """
+    if knobs.plain and u_B_1 is not None and banned_B_V is None:
+        return _choose_plainly(logits_B_V, u_B_1)
     logprobs_B_V = torch.log_softmax(logits_B_V.float(), dim=-1)
     if banned_B_V is not None:
         logits_B_V = logits_B_V.masked_fill(banned_B_V, float("-inf"))
@@ -111,6 +120,16 @@ def choose(
     if knobs.tempered_B_1 is not None:
         chosen_B_1 = torch.where(knobs.tempered_B_1, scaled_B_V.gather(1, tokens_B_1), chosen_B_1)
     return tokens_B_1.squeeze(1), chosen_B_1.squeeze(1)
+
+
+@scripted
+def _choose_plainly(logits_B_V: Tensor, u_B_1: Tensor) -> tuple[Tensor, Tensor]:
+    """`choose` with nothing but draws at temperature 1."""
+    logprobs_B_V = torch.log_softmax(logits_B_V.float(), dim=-1)
+    cumulative_B_V = logprobs_B_V.exp().cumsum(dim=-1, dtype=torch.float64)
+    tokens_B_1 = torch.searchsorted(cumulative_B_V, u_B_1 * cumulative_B_V[:, -1:], right=True)
+    tokens_B_1 = tokens_B_1.clamp_(max=logits_B_V.shape[1] - 1)
+    return tokens_B_1.squeeze(1), logprobs_B_V.gather(1, tokens_B_1).squeeze(1)
 
 
 class Draws:
