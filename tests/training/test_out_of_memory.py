@@ -99,7 +99,7 @@ def gap(one: TrainResult, other: TrainResult) -> float:
 
 
 def micro_batch_tokens(result: TrainResult) -> int:
-    return json.loads((result.checkpoint / "state" / "state.json").read_text())["extra"]["micro_batch_tokens"]
+    return json.loads((result.checkpoint / "state" / "state.json").read_text())["extra"]["micro_batches"]["tokens"]
 
 
 # --- which errors these are -----------------------------------------------------------------------------------
@@ -190,8 +190,10 @@ def test_a_resumed_run_goes_on_with_what_fitted_and_ends_with_the_same_bytes(bas
 
 
 def test_a_row_that_does_not_fit_alone_ends_the_attempt(base, run, spec) -> None:
+    reporter = RecordingReporter()
     with room_for(base, training=20), pytest.raises(OutOfMemory, match="step 1 does not fit into memory"):
-        run(spec(), "small")
+        run(spec(), "small", reporter)
+    assert "each layer computed again" in memory_warnings(reporter)[-1]
 
 
 @pytest.mark.parametrize("keys", [{}, {"kl_penalty_coef": 0.1}])

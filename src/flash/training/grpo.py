@@ -33,7 +33,7 @@ from flash.training.advantages import all_equal, spread
 from flash.training.advice import Advisor, StepFacts
 from flash.training.batches import epoch_order
 from flash.training.checkpoints import ADAPTER, Provenance, read_state, write_checkpoint
-from flash.training.fitting import MicroBatches, with_less
+from flash.training.fitting import MicroBatches, Reduced, with_less
 from flash.training.optimizer import build_optimizer
 from flash.training.policy import build_policy
 from flash.training.reporter import Reporter
@@ -102,7 +102,7 @@ def train(
         multi_turn=environment.info().multi_turn,
     )
     micro = MicroBatches.planned(
-        spec.recipe, divisor=micro_batch_divisor, before=progress.micro_batch_tokens, warn=reporter.warn
+        spec.recipe, policy, divisor=micro_batch_divisor, before=progress.micro_batches, warn=reporter.warn
     )
     updater = Updater(spec, policy, optimizer, micro_batches=micro)
     provenance = Provenance(spec, environment_digest, base.revision)
@@ -114,7 +114,7 @@ def train(
         while progress.step < steps and not stopped:
             try:
                 _step(spec, rows.count, collector, engine, updater, progress, reporter, pulse)
-                progress.micro_batch_tokens = micro.tokens
+                progress.micro_batches = micro.reduced
             except Stopped:
                 stopped = True
             final = progress.step == steps
@@ -159,7 +159,7 @@ class _Progress:
     position: int = 0  # in the endless stream of shuffled rows
     too_long: list[int] = field(default_factory=list)  # rows whose prompt leaves no room for max_tokens
     failed_steps: int = 0  # running, with too many dropped groups
-    micro_batch_tokens: int | None = None  # what they have come down to
+    micro_batches: Reduced | None = None
     advisor: Advisor = field(default_factory=Advisor)
     metrics: dict[str, float] = field(default_factory=dict)  # of the last step, times left out
 

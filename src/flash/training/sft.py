@@ -38,7 +38,7 @@ from flash.training.batches import (
     steps_per_epoch,
 )
 from flash.training.checkpoints import ADAPTER, Provenance, read_state, write_checkpoint
-from flash.training.fitting import MicroBatches
+from flash.training.fitting import MicroBatches, Reduced
 from flash.training.losses import negative_log_likelihood
 from flash.training.optimizer import Gradients, build_optimizer, learning_rate, optimizer_step
 from flash.training.policy import Policy, build_policy
@@ -103,7 +103,7 @@ def train(
     total_steps = _total_steps(spec, len(rows))
     provenance = Provenance(spec, environment_digest, base.revision)
     micro = MicroBatches.planned(
-        spec.recipe, divisor=micro_batch_divisor, before=progress.micro_batch_tokens, warn=reporter.warn
+        spec.recipe, policy, divisor=micro_batch_divisor, before=progress.micro_batches, warn=reporter.warn
     )
     checkpoint = resume_from
 
@@ -126,7 +126,7 @@ def train(
         progress.step = step
         progress.tokens += int(rows.lengths[indices].sum())
         progress.examples += len(indices)
-        progress.micro_batch_tokens = micro.tokens
+        progress.micro_batches = micro.reduced
         seconds = time.perf_counter() - started
         lasting = {
             "loss": loss,
@@ -169,7 +169,7 @@ class _Progress:
     step: int = 0
     tokens: int = 0
     examples: int = 0
-    micro_batch_tokens: int | None = None  # what they have come down to
+    micro_batches: Reduced | None = None
 
 
 def _total_steps(spec: RunSpec, rows: int) -> int:
