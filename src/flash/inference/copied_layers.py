@@ -100,8 +100,10 @@ def decode_step(
     keys: list[Tensor],
     values: list[Tensor],
     layers: list[Weights],
+    last_norm: Tensor,
+    head_V_H: Tensor,
 ) -> Tensor:
-    """`RowDecoder.step` between embedding and last norm: one token a row, filed at `column` of the caches."""
+    """`RowDecoder.step` from embeddings to logits: one token a row, filed at `column` of the caches."""
     B, H = x_B_H.shape
     K, D = keys[0].size(1), keys[0].size(3)
     half = D // 2
@@ -126,7 +128,7 @@ def decode_step(
         normed = F.rms_norm(x, [H], layer.mlp_norm, layer.epsilon)
         gate, up = F.linear(normed, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
         x = x + F.linear(F.silu(gate) * up, layer.down, layer.down_bias)
-    return x
+    return F.linear(F.rms_norm(x, [H], last_norm, layers[0].epsilon), head_V_H)
 
 
 def rms_norm(x: Tensor, norm: Any) -> Tensor:

@@ -224,8 +224,10 @@ class RowDecoder:
         self._column += 1
         copied = [layer.weights for layer in self._layers if isinstance(layer, CopiedLayer)]
         if copied:
-            x = decode_step(x, cos, sin, hidden_BK_1_T, column, self._heads, scale, self._keys, self._values, copied)
-            return self._model.lm_head(self._body.norm(x))
+            return decode_step(
+                x, cos, sin, hidden_BK_1_T, column, self._heads, scale, self._keys, self._values, copied,
+                self._body.norm.weight, self._model.lm_head.weight,
+            )  # fmt: skip
         for layer, keys, values in zip(self._layers, self._keys, self._values, strict=True):
             q, k, v = self._heads_of(layer, layer.attention_norm(x), cos, sin)  # [B, heads, d]
             keys[:B, :, column] = k

@@ -20,6 +20,7 @@ from flash.inference.scripting import scripted
 
 Decode = Callable[[Sequence[int]], str]
 
+_AHEAD = 16  # positions whose numbers are drawn together
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 
@@ -40,7 +41,7 @@ def stream_key(*parts: int) -> int:
 
 
 def uniforms(keys: NDArray[np.uint64], positions: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """One number in [0, 1) a row: draw `positions[i]` of the stream `keys[i]`. Counter-based: no state."""
+    """Numbers in [0, 1): draw `positions[..., i]` of the stream `keys[i]`. Counter-based: no state."""
     x = keys + (positions + np.uint64(1)) * np.uint64(_GOLDEN)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -141,14 +142,21 @@ class Draws:
         self._knobs = Knobs.of([sampling for sampling, _, _ in rows], device)
         self._keys = np.array([key for _, key, _ in rows], dtype=np.uint64)
         self._drawn = np.array([drawn for _, _, drawn in rows], dtype=np.uint64)
+        self._ahead: list[Tensor] = []  # the next positions' uniforms [B, 1], nearest last
 
     def next(self, logits_B_V: Tensor, banned_B_V: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(tokens_B, logprobs_B); see `choose`."""
         u_B_1 = None
         if self._knobs.drawn:
-            u_B_1 = torch.from_numpy(uniforms(self._keys, self._drawn)).to(self._device)[:, None]
-            self._drawn += np.uint64(1)
+            u_B_1 = (self._ahead or self._look_ahead()).pop()
         return choose(logits_B_V, self._knobs, u_B_1, banned_B_V)
+
+    def _look_ahead(self) -> list[Tensor]:
+        positions = self._drawn + np.arange(_AHEAD, dtype=np.uint64)[:, None]
+        u_P_B_1 = torch.from_numpy(uniforms(self._keys, positions)).to(self._device)[:, :, None]
+        self._drawn += np.uint64(_AHEAD)
+        self._ahead = list(u_P_B_1.flip(0))
+        return self._ahead
 
 
 def likeliest(logits_N_V: Tensor, count: int) -> list[tuple[tuple[int, float], ...]]:
