@@ -121,6 +121,7 @@ def train(
             stopped = stopped or (not final and reporter.should_stop())
             due = final or stopped or progress.step % settings.save_every == 0
             if due and progress.step > saved_step:
+                began = time.perf_counter()
                 checkpoint = write_checkpoint(
                     work_dir,
                     step=progress.step,
@@ -131,7 +132,10 @@ def train(
                     extra=asdict(progress),
                 )
                 saved_step = progress.step
-                reporter.checkpoint(checkpoint, step=progress.step, final=final, metrics=progress.metrics)
+                seconds = time.perf_counter() - began
+                reporter.checkpoint(
+                    checkpoint, step=progress.step, final=final, metrics=progress.metrics, seconds=seconds
+                )
     finally:
         collector.close()
         engine.close()

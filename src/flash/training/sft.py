@@ -119,15 +119,16 @@ def train(
             rows.lengths[indices].tolist(),
             what=f"step {step}",
         )
+        differentiated = time.perf_counter()
         norm = optimizer_step(
             optimizer, parameters, rate=rate, max_grad_norm=spec.recipe.max_grad_norm, step=step
         )
+        ended = time.perf_counter()
 
         progress.step = step
         progress.tokens += int(rows.lengths[indices].sum())
         progress.examples += len(indices)
         progress.micro_batches = micro.reduced
-        seconds = time.perf_counter() - started
         lasting = {
             "loss": loss,
             "learning_rate": rate,
@@ -135,20 +136,27 @@ def train(
             "epoch": progress.examples / len(rows),
             "tokens": float(progress.tokens),
         }
-        tokens_per_s = float(rows.lengths[indices].sum()) / seconds
-        reporter.metrics(step, lasting | {"seconds": seconds, "tokens_per_s": tokens_per_s})
+        passing = {
+            "seconds": ended - started,
+            "seconds_optimizer": ended - differentiated,
+            "tokens_per_s": float(rows.lengths[indices].sum()) / (ended - started),
+        }
+        reporter.metrics(step, lasting | passing)
         reporter.progress()
 
         final = step == total_steps
         stopped = not final and reporter.should_stop()
         if final or stopped or step % settings.save_every == 0:
+            began = time.perf_counter()
             if held_out is not None:
                 lasting["eval_loss"] = micro.fitting(
                     partial(_mean_loss, policy, held_out, micro, reporter),
                     held_out.lengths.tolist(),
                     what="the held-out loss",
                 )
-                reporter.metrics(step, {"eval_loss": lasting["eval_loss"]})
+                seconds = time.perf_counter() - began
+                reporter.metrics(step, {"eval_loss": lasting["eval_loss"], "seconds_held_out": seconds})
+                began = time.perf_counter()
             checkpoint = write_checkpoint(
                 work_dir,
                 step=step,
@@ -158,7 +166,8 @@ def train(
                 metrics=lasting,
                 extra={name: value for name, value in vars(progress).items() if name != "step"},
             )
-            reporter.checkpoint(checkpoint, step=step, final=final, metrics=lasting)
+            seconds = time.perf_counter() - began
+            reporter.checkpoint(checkpoint, step=step, final=final, metrics=lasting, seconds=seconds)
     return TrainResult(progress.step, checkpoint, stopped)
 
 

@@ -67,7 +67,11 @@ class ChannelReporter:
         self._report("metrics", {"step": step, "total_steps": self._total_steps, "values": numbers})
         failpoint("trainer.step")
 
-    def checkpoint(self, folder: Path, *, step: int, final: bool, metrics: Mapping[str, float]) -> None:
+    def checkpoint(
+        self, folder: Path, *, step: int, final: bool, metrics: Mapping[str, float], seconds: float
+    ) -> None:
+        values = {"seconds_checkpoint": seconds}
+        self._report("metrics", {"step": step, "total_steps": self._total_steps, "values": values})
         data = {"folder": str(folder), "step": step, "final": final, "metrics": dict(metrics)}
         self._report("checkpoint", data)
         failpoint("trainer.saved")
