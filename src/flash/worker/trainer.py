@@ -24,6 +24,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from flash.catalog.catalog import ModelEntry, load_catalog
 from flash.catalog.facts import differences
 from flash.config.run import RunSpec
@@ -63,7 +65,7 @@ class ChannelReporter:
         self._report("warning", {"code": code, "text": text})
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        numbers = {name: float(value) for name, value in values.items()}
+        numbers = {name: float(value) for name, value in values.items()} | {"memory_gb": _memory() / 1e9}
         self._report("metrics", {"step": step, "total_steps": self._total_steps, "values": numbers})
         failpoint("trainer.step")
 
@@ -217,6 +219,14 @@ def make_repeatable(seed: int, *, threads: int) -> None:
         sys.modules["numpy"].random.seed(seed % 2**32)
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def _memory() -> int:
+    """Bytes held now: of a GPU what torch reserves, else of this process in memory."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        return int(torch.cuda.memory_reserved())
+    return int(psutil.Process().memory_info().rss)
 
 
 def _peak_memory(device: str) -> int:
