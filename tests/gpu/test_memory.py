@@ -22,7 +22,7 @@ from flash.inference.lora import Adapters
 from flash.inference.memory import release
 from flash.training.batches import collate
 from flash.training.losses import negative_log_likelihood
-from flash.training.optimizer import build_optimizer, optimizer_step
+from flash.training.optimizer import Gradients, build_optimizer, optimizer_step
 from flash.training.policy import build_policy
 
 TRUE_SHAPE = "Qwen/Qwen3.5-0.8B"
@@ -61,8 +61,10 @@ def two_steps(base: BaseModel, entry: ModelEntry, *, rows: int, tokens: int, ran
     made = [[(3 + 7 * place + row) % 500 for place in range(tokens)] for row in range(rows)]
     batch = collate(made, [[False] * 8 + [True] * (tokens - 8)] * rows, pad_id=0, device=base.device)
     for step in (1, 2):
+        gradients = Gradients(policy.parameters())
         with base.adapters.active(policy.name):
-            negative_log_likelihood(policy.logprobs(batch), normaliser=rows * tokens).backward()
+            gradients.add(negative_log_likelihood(policy.logprobs(batch), normaliser=rows * tokens))
+        gradients.apply()
         norm = optimizer_step(optimizer, policy.parameters(), rate=1e-4, max_grad_norm=1.0, step=step)
         assert norm > 0
 

@@ -11,7 +11,7 @@ import torch
 from tests.inference.test_continuous import adapter_folder, engine_of, serve
 from tests.worker.conftest import EPOCH, FAST, RUN_ID, ScriptedPlane, archive, run_spec, until
 from tests.worker.conftest import serve as serve_plane
-from tests.worker.test_trainer import SUMS, rows
+from tests.worker.test_trainer import SUMS
 
 from flash.artifacts.manifests import read_manifest
 from flash.artifacts.store import Store
@@ -30,6 +30,10 @@ def test_the_driver_s_devices_are_torch_s(on_cuda: None) -> None:
         properties = torch.cuda.get_device_properties(index)
         assert device.kind == properties.name
         assert device.memory == pytest.approx(properties.total_memory, rel=0.05)
+
+
+def rows(numbers: range) -> str:
+    return "".join(json.dumps({"input": f"{n}+{n}=", "output": str(n + n)}) + "\n" for n in numbers)
 
 
 @pytest.fixture

@@ -40,7 +40,8 @@ def example(algorithm: str, **train: object) -> RunSpec:
 
 def tensors(result: TrainResult) -> dict[str, torch.Tensor]:
     assert result.checkpoint is not None
-    return load_file(result.checkpoint / ADAPTER / "adapter_model.safetensors")
+    found: dict[str, torch.Tensor] = load_file(result.checkpoint / ADAPTER / "adapter_model.safetensors")
+    return found
 
 
 @pytest.mark.parametrize("algorithm", ["sft", "grpo"])
