@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from flash.config.run import RunSpec
-from flash.environments.protocol import EnvironmentClient, SFTTarget
+from flash.environments.protocol import EnvironmentClient, Rows, SFTTarget
 from flash.errors import FlashError, InvalidInput
 from flash.inference.chat import ChatRenderer, RenderedTarget
 from flash.inference.lanes import balanced
@@ -42,6 +43,7 @@ from flash.training.fitting import MicroBatches, Reduced
 from flash.training.losses import negative_log_likelihood
 from flash.training.optimizer import Gradients, build_optimizer, learning_rate, optimizer_step
 from flash.training.policy import Policy, build_policy
+from flash.training.prepared import PreparedRows
 from flash.training.reporter import Reporter
 
 HELD_OUT_SPLIT, HELD_OUT_ROWS = "eval", 200
@@ -69,12 +71,14 @@ def train(
     init_from: Path | None = None,
     micro_batch_divisor: int = 1,
     environment_digest: str = "",
+    kept_rows: Path | None = None,
 ) -> TrainResult:
     """Trains one adapter and leaves its checkpoints under `work_dir/checkpoints`.
 
     `resume_from` is a checkpoint folder of this very run: training goes on as if it had never stopped.
-    `init_from` is an adapter folder, of which only the weights are taken. Raises InvalidInput (rows that
-    can't be trained on), UserCodeError, ModelError and OutOfMemory.
+    `init_from` is an adapter folder, of which only the weights are taken. `kept_rows` is a folder in which the token
+    rows of large datasets are kept for the next run. Raises InvalidInput (rows that can't be trained on),
+    UserCodeError, ModelError and OutOfMemory.
     """
     settings = spec.train
     if spec.recipe.lora_dropout:
@@ -83,7 +87,8 @@ def train(
 
     reporter.phase(Phase.PREPARING_DATA)
     renderer = ChatRenderer(base.tokenizer, thinking=spec.thinking)
-    rows = _training_rows(spec, environment, renderer, reporter, work_dir)
+    prepared = PreparedRows(kept_rows, spec, renderer, environment_digest)
+    rows = _training_rows(spec, environment, renderer, reporter, work_dir, prepared)
     held_out = _held_out_rows(spec, environment, renderer, reporter, work_dir)
 
     weights_from = resume_from / ADAPTER if resume_from else init_from
@@ -203,15 +208,32 @@ def _training_rows(
     renderer: ChatRenderer,
     reporter: Reporter,
     work_dir: Path,
+    prepared: PreparedRows,
 ) -> TokenRows:
-    found = environment.rows(None, limit=spec.train.max_examples or 0)
+    kept = prepared.find()
+    if kept is not None:
+        rows, told = kept
+        found = Rows(told["split"], "", told["count"], tuple(told["warnings"]))
+        tally = _Tally(told["truncated"], told["dropped"], told["without_thinking"], rows[0] if len(rows) else None)
+        reporter.log(f"{len(rows):,} rows as an earlier run prepared them")
+    else:
+        found, tally = environment.rows(None, limit=spec.train.max_examples or 0), _Tally()
+        rendered = _rendered(
+            environment, found.split, found.count, renderer, spec.train.max_length, tally, reporter
+        )
+        rows = TokenRows.write(work_dir / "train.tokens", rendered)
+        counts = {name: getattr(tally, name) for name in ("truncated", "dropped", "without_thinking")}
+        prepared.keep(rows, {"split": found.split, "count": found.count, "warnings": found.warnings, **counts})
+    _tell_of_rows(spec, found, rows, tally, renderer, reporter)
+    return rows
+
+
+def _tell_of_rows(
+    spec: RunSpec, found: Rows, rows: TokenRows, tally: _Tally, renderer: ChatRenderer, reporter: Reporter
+) -> None:
+    """What a person should know of them; raises InvalidInput when none can be trained on."""
     for warning in found.warnings:
         reporter.warn("rows", warning)
-    tally = _Tally()
-    rows = TokenRows.write(
-        work_dir / "train.tokens",
-        _rendered(environment, found.split, found.count, renderer, spec.train.max_length, tally, reporter),
-    )
     limit = spec.train.max_length
     if tally.truncated:
         reporter.warn(
@@ -237,7 +259,6 @@ def _training_rows(
         )
     if tally.example is not None:
         reporter.log(f"one example as it is trained, trained tokens between ⟦ and ⟧:\n{renderer.marked(tally.example)}")
-    return rows
 
 
 def _held_out_rows(
@@ -272,9 +293,8 @@ def _rendered(
     reporter: Reporter,
 ) -> Iterator[RenderedTarget]:
     """Every row of the split that has something to train on, in order."""
-    for start in range(0, count, _ROWS_PER_CALL):
-        indices = range(start, min(start + _ROWS_PER_CALL, count))
-        for index, target in zip(indices, environment.targets(split, indices), strict=True):
+    for indices, targets in _asked_ahead(environment, split, count):
+        for index, target in zip(indices, targets, strict=True):
             whole = renderer.render_target(
                 target.prompt, target.completion, where=f"row {index + 1} of split {split!r}"
             )
@@ -287,6 +307,19 @@ def _rendered(
             tally.example = tally.example or kept
             yield kept
         reporter.progress()
+
+
+def _asked_ahead(
+    environment: EnvironmentClient, split: str, count: int
+) -> Iterator[tuple[range, Sequence[SFTTarget]]]:
+    """The split's targets in portions; the next one is made by the environment while this one is rendered."""
+    portions = [range(start, min(start + _ROWS_PER_CALL, count)) for start in range(0, count, _ROWS_PER_CALL)]
+    with ThreadPoolExecutor(1, thread_name_prefix="targets") as pool:
+        asked = [pool.submit(environment.targets, split, portion) for portion in portions[:1]]
+        for number, portion in enumerate(portions, start=1):
+            targets = asked.pop().result()
+            asked += [pool.submit(environment.targets, split, after) for after in portions[number : number + 1]]
+            yield portion, targets
 
 
 def _has_thinking(target: SFTTarget) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import errno
+import functools
 import json
 import os
 import queue
@@ -26,7 +27,7 @@ from typing import Any
 
 import psutil
 
-from flash.catalog.catalog import ModelEntry, load_catalog
+from flash.catalog.catalog import ModelEntry, flash_home, load_catalog
 from flash.catalog.facts import differences
 from flash.config.run import RunSpec
 from flash.errors import FlashError, InternalError, OutOfMemory, Unavailable
@@ -201,7 +202,7 @@ def _algorithm(name: str) -> Any:
     if name == "sft":
         from flash.training import sft
 
-        return sft.train
+        return functools.partial(sft.train, kept_rows=flash_home() / "cache" / "rows")
     from flash.training import grpo
 
     return grpo.train
