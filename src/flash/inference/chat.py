@@ -83,15 +83,38 @@ class ChatRenderer:
         the target are trained. An empty trace that the prompt ends with, but the template leaves out of the finished
         turn, is put there: the answer is trained after the prompt that it will be sampled after.
         """
+        prompt_tokens, tokens = (self._encode(text) for text in self._target_texts(prompt, completion, tools, where))
+        return RenderedTarget(tuple(tokens), _shared_prefix(prompt_tokens, tokens))
+
+    def render_targets(
+        self, targets: Sequence[tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]], str]]
+    ) -> list[RenderedTarget]:
+        """`render_target` of many (prompt, completion, where): tokenised in one go, on every core."""
+        pairs = (self._target_texts(prompt, completion, None, where) for prompt, completion, where in targets)
+        texts = [text for pair in pairs for text in pair]
+        if not texts:
+            return []
+        tokens = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return [
+            RenderedTarget(tuple(whole), _shared_prefix(opening, whole))
+            for opening, whole in zip(tokens[::2], tokens[1::2], strict=True)
+        ]
+
+    def _target_texts(
+        self,
+        prompt: Sequence[Mapping[str, Any]],
+        completion: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        where: str,
+    ) -> tuple[str, str]:
+        """The prompt as it is sampled after, and the whole conversation."""
         opening = fit_messages(prompt, where=where)
         target = fit_messages(completion, where=where)
         if not target:
             raise InvalidInput(f"{where}: the target has no messages")
         prompt_text = self._text(opening, tools, where, prompt=True)
         whole_text = self._text(opening + target, tools, where, prompt=False)
-        prompt_tokens = self._encode(prompt_text)
-        tokens = self._encode(_with_empty_trace(prompt_text, whole_text))
-        return RenderedTarget(tuple(tokens), _shared_prefix(prompt_tokens, tokens))
+        return prompt_text, _with_empty_trace(prompt_text, whole_text)
 
     @property
     def opens_thinking(self) -> bool:

@@ -294,10 +294,11 @@ def _rendered(
 ) -> Iterator[RenderedTarget]:
     """Every row of the split that has something to train on, in order."""
     for indices, targets in _asked_ahead(environment, split, count):
-        for index, target in zip(indices, targets, strict=True):
-            whole = renderer.render_target(
-                target.prompt, target.completion, where=f"row {index + 1} of split {split!r}"
-            )
+        asked = [
+            (target.prompt, target.completion, f"row {index + 1} of split {split!r}")
+            for index, target in zip(indices, targets, strict=True)
+        ]
+        for target, whole in zip(targets, renderer.render_targets(asked), strict=True):
             kept = whole.truncated(max_length)
             tally.truncated += kept is not whole
             tally.without_thinking += not _has_thinking(target)
