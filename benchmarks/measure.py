@@ -47,6 +47,7 @@ def machine() -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "python": platform.python_version(),
         "system": platform.system(),
+        "load": round(os.getloadavg()[0], 1),  # over the last minute; above the sides' own threads, others worked too
         "versions": {name: metadata.version(name) for name in ("torch", "transformers", "flash-lora")},
         "peer_versions": dict(
             line.split("==") for line in (ROOT / "peers.txt").read_text().splitlines() if "==" in line

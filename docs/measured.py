@@ -121,7 +121,8 @@ def _machine(machine: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in (machine.get("versions") or {}).items())
     peers = ", ".join(f"{name} {version}" for name, version in (machine.get("peer_versions") or {}).items())
     parts = [f"{machine.get(key)}{unit}" for key, unit in (("cpu", ""), ("cores", " cores"), ("memory_gib", " GiB"))]
-    where = ", ".join([*parts, str(machine.get("system"))])
+    load = [f"load {machine['load']} at the end"] if "load" in machine else []
+    where = ", ".join([*parts, str(machine.get("system")), *load])
     return f"Machine: {where}, Python {machine.get('python')}. Flash's side: {versions}. Peers': {peers}."
 
 

@@ -23,7 +23,7 @@ PROFILED = (
 STEP_PARTS = {"seconds_sampling": "sampling", "seconds_scoring": "scoring", "seconds_update": "update"}
 GRADIENT, OPTIMIZER = "forward and backward", "optimizer"
 BETWEEN_STEPS = {"seconds_checkpoint": "checkpoint", "seconds_held_out": "held-out loss"}
-COUNTERS = ("loss", "eval_loss", "reward", "tokens_per_s", "peak_memory_bytes")
+COUNTERS = ("loss", "eval_loss", "reward", "tokens_per_s", "memory_gb")
 
 _ATTEMPT_SPANS = {
     AttemptState.LAUNCHING: "launching",
