@@ -2,9 +2,8 @@
 // what. A new key is shown once, here, and nowhere again.
 
 import { forgetKey, get, post, remove } from "../api.js";
-import { announce, code, empty, field, fill, h, select, table } from "../dom.js";
+import { announce, code, empty, fact, field, fill, h, select, table } from "../dom.js";
 import { ago, clock, count, moment, shown, usd, zone } from "../text.js";
-import { fact } from "./run.js";
 
 const ROLES = [["read-only", "read-only: look"], ["member", "member: look and run"], ["admin", "admin: and see to keys"]];
 const ADMINS = new Set(["admin", "owner"]);
