@@ -15,6 +15,7 @@ from typing import Any
 
 import layout_table
 import messages
+import server_settings
 from typer.testing import CliRunner
 
 from flash.catalog.catalog import PACKAGE_FOLDER, load_catalog
@@ -182,6 +183,7 @@ def filled(page: str) -> str:
 PAGES: dict[str, Callable[[], str]] = {
     "configuration.md": markdown,
     "cli.md": command_line,
+    "server.md": server_settings.page,
     "models.md": lambda: filled("models.md"),
     "troubleshooting.md": lambda: filled("troubleshooting.md"),
 }

@@ -1,9 +1,11 @@
-"""The commands against a real local server, which the first of them starts."""
+"""The commands against a real server: a laptop's, which the first of them starts, and a team's on Postgres and S3."""
 
 from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -20,11 +22,27 @@ def load_environment():
 """
 
 
-@pytest.fixture(scope="module")
-def server_home(tmp_path_factory):
+@pytest.fixture(scope="module", params=["laptop", pytest.param("team", marks=pytest.mark.slow)])
+def server_home(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("served")
+    process = start_team(folder, request.getfixturevalue("team_backing")) if request.param == "team" else None
     yield folder
     local_server.stop(folder)
+    if process is not None:
+        assert process.wait(timeout=60) == 0
+
+
+def start_team(folder: Path, backing: dict[str, str]) -> subprocess.Popen[bytes]:
+    """`flash server start --config`, which stays in the foreground."""
+    config = folder / "server.toml"
+    config.write_text('home = "."\ndevices = []\nlog_to = "file"\n')
+    command = [sys.executable, "-m", "flash.cli.main", "server", "start", "--config", str(config)]
+    process = subprocess.Popen(command, env={**os.environ, **backing})
+    deadline = time.monotonic() + 120
+    while local_server.running(folder) is None:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    return process
 
 
 @pytest.fixture(autouse=True)

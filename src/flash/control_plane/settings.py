@@ -15,6 +15,7 @@ from sqlalchemy.engine import URL
 from flash.environments.references import GitHub
 from flash.records import Phase
 from flash.storage.database import normal_url
+from flash.storage.retention import DAY_S, Times
 
 # Seconds without progress before an attempt counts as stalled. Installing packages and loading a large model
 # report little; a training step or an upload reports often.
@@ -81,6 +82,11 @@ class ServerSettings(BaseModel):
     store_options: dict[str, str] = Field(default_factory=dict, repr=False)
     """A bucket's settings by obstore's names (`endpoint`, `region`, `access_key_id`, `secret_access_key`, …); what
     they leave out comes from the provider's own variables (`AWS_…`)."""
+
+    worker_store: Literal["keys", "signed"] = "keys"
+    """How workers reach a bucket. `keys`: with `store_options`, so as the server does, in parts of any size.
+    `signed`: by addresses that the server signs, good for one object of their own run each; an object is 5 GB at most
+    then, and goes in one piece."""
 
     vault_key_file: Path | None = None
     """The 32 bytes under which secrets are sealed; every server of one database needs the same. Left out: `vault.key`
@@ -295,6 +301,12 @@ class ServerSettings(BaseModel):
             deadline_s=self.github_deadline_s,
             allow_private=self.github_allow_private,
         )
+
+    @property
+    def times(self) -> Times:
+        """How long things are kept, in seconds."""
+        days = (self.keep_state_days, self.keep_files_days, self.keep_events_days, self.keep_audit_days)
+        return Times(*(None if each is None else each * DAY_S for each in days))
 
     @property
     def vault_key(self) -> Path:

@@ -31,8 +31,9 @@ from typing import Any
 import psutil
 
 from flash.artifacts.manifests import Damaged, fetch_checkpoint
+from flash.artifacts.signed import SignedStore
 from flash.artifacts.store import Store, credentials
-from flash.catalog.catalog import flash_home, load_catalog
+from flash.catalog.catalog import flash_home
 from flash.config.run import RunSpec
 from flash.environments.package import unpack
 from flash.errors import (
@@ -51,7 +52,7 @@ from flash.errors import (
 from flash.failpoints import ONCE as FAILED_ONCE
 from flash.failpoints import VARIABLE as FAILPOINTS
 from flash.failpoints import failpoint
-from flash.records import Claim, EventKind, FailureKind, Finish, Manifest, Phase
+from flash.records import Claim, EventKind, FailureKind, Finish, Manifest, Phase, SignRequest
 from flash.redaction import Redactor
 from flash.worker.api import WorkerApi, persist
 from flash.worker.channel import Frame
@@ -71,7 +72,6 @@ from flash.worker.uploading import LocalCheckpoint, Uploader
 from flash.worker.wandb_sink import sinks_for
 
 FINISHED, UNUSABLE, FENCED, UNREACHABLE = 0, 2, 3, 4
-_SINGLE_THREADED = 20_000_000  # parameters
 MARK = "FLASH_ATTEMPT_ID"  # the launcher's mark on every process of an attempt
 SinkFactory = Callable[[Claim, Path, WorkerSettings, Warn], Sequence[AttemptSink]]
 _RELAYED = frozenset({EventKind.LOG, EventKind.WARNING, EventKind.METRICS, EventKind.EVAL, EventKind.SAMPLE})
@@ -289,7 +289,7 @@ class Supervisor:
         """Everything else that runs beside the main loop: uploads, trainer, environment."""
         claim, settings = self._claim, self._settings
         self._spec = RunSpec.model_validate(claim.spec)
-        self._store = Store(claim.store_url, claim.store_options)
+        self._store = self._open_store(claim)
         uploader = Uploader(
             self._store,
             self._api,
@@ -306,7 +306,7 @@ class Supervisor:
         uploader.start()
         self._uploader = uploader
         self._set_phase({"phase": Phase.PREPARING_ENVIRONMENT.value})
-        threads = settings.threads or _threads_for(self._spec.model)
+        threads = settings.threads or _usable_cpus()
         trainer_dir = self._work_dir / "trainer"
         trainer_dir.mkdir(parents=True, exist_ok=True)
         self._trainer = TrainerProcess(
@@ -323,6 +323,13 @@ class Supervisor:
         )
         self._in_background("environment", self._prepare_environment)
         self._in_background("job", lambda: self._send_job(threads))
+
+    def _open_store(self, claim: Claim) -> Store:
+        if not claim.signed:
+            return Store(claim.store_url, claim.store_options)
+        return SignedStore(
+            lambda verb, keys: self._api.sign(SignRequest(epoch=claim.epoch, verb=verb, keys=tuple(keys)))
+        )
 
     def _marks(self) -> dict[str, str]:
         """What every process of the attempt inherits: its mark and, in tests, where to die."""
@@ -718,12 +725,6 @@ def _unsaved(error: FlashError | None) -> Verdict:
         return Verdict("failed", FailureKind.INTERNAL, InternalError("the trainer left no final adapter"))
     lost = Unavailable(f"the final adapter could not be uploaded: {error.message}", remedy=error.remedy)
     return Verdict("failed", FailureKind.INFRASTRUCTURE, lost)
-
-
-def _threads_for(model: str) -> int:
-    """One for a small model, whose products are so short that waking a second thread takes longer than it saves
-    (`flash/nano`, two idle cores: 320 rows/s on one thread, 175 on two); else every CPU that may be used."""
-    return 1 if load_catalog().get(model).params < _SINGLE_THREADED else _usable_cpus()
 
 
 def _usable_cpus() -> int:
