@@ -35,23 +35,15 @@ def upgrade() -> None:
     op.add_column("runs", sa.Column("pinned", sa.Boolean(), nullable=False, server_default=sa.false()))
     op.add_column("runs", sa.Column("ttl_s", sa.Double(), nullable=True))
     op.add_column("runs", sa.Column("collected_at", sa.Double(), nullable=True))
-    op.add_column("runs", sa.Column("silenced_at", sa.Double(), nullable=True))
     op.drop_index("runs_by_org", "runs")
     op.drop_index("runs_by_state", "runs")
     op.create_index("runs_by_org", "runs", ["org_id", "created_at", "id"])
     op.create_index("runs_by_state", "runs", ["state", "created_at", "id"])
-    op.create_index("runs_by_org_and_state", "runs", ["org_id", "state"])
     op.create_index("runs_by_key", "runs", ["key_id"])
     op.create_index("runs_by_source", "runs", ["init_run_id"])
     op.create_index("runs_by_environment", "runs", ["environment_sha256"])
-    _partial("runs_uncleaned", "runs", "finished_at", "cleaned_at IS NULL")
-    _partial("runs_uncollected", "runs", "finished_at", "collected_at IS NULL")
-    _partial("runs_unsilenced", "runs", "finished_at", "silenced_at IS NULL")
-    with_state = sa.text("has_state = 1"), sa.text("has_state")  # as each of them writes a condition on a boolean
+    op.create_index("runs_by_end", "runs", ["finished_at"])
+    uncleaned = sa.text("cleaned_at IS NULL")
     op.create_index(
-        "checkpoints_with_state", "checkpoints", ["run_id"], sqlite_where=with_state[0], postgresql_where=with_state[1]
+        "runs_uncleaned", "runs", ["finished_at"], sqlite_where=uncleaned, postgresql_where=uncleaned
     )
-
-
-def _partial(name: str, table: str, column: str, where: str) -> None:
-    op.create_index(name, table, [column], sqlite_where=sa.text(where), postgresql_where=sa.text(where))
