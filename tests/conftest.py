@@ -45,6 +45,7 @@ def team_backing(postgres: Postgres, postgres_at_head: str) -> Iterator[dict[str
         yield {
             "FLASH_SERVER_DATABASE_URL": str(postgres.url(name)),
             "FLASH_SERVER_STORE_URL": bucket.url,
+            "FLASH_SERVER_WORKER_STORE": "signed",
             "FLASH_SERVER_STORE_OPTIONS": ",".join(f"{key}={value}" for key, value in options.items()),
         }
     postgres.drop(name)

@@ -23,6 +23,7 @@ from flash.storage.retention import DAY_S
 
 DAYS = {"keep_state_days": 2.0, "keep_files_days": 5.0, "keep_events_days": 7.0, "keep_audit_days": 3.0}
 NOW = 1_800_000_000.0
+SPEC = {"model": "flash/nano", "train": {"lora_rank": 16, "lora_alpha": 32}}
 _numbers = itertools.count(1)
 
 
@@ -73,7 +74,7 @@ class World:
     def add(self, made: Made, steps: int) -> None:
         now = NOW - made.age_days * DAY_S
         new = runs.NewRun(
-            org="acme", config={}, spec={"model": "flash/nano", "train": {}}, seed=0, environment_namespace="acme",
+            org="acme", config={}, spec=SPEC, seed=0, environment_namespace="acme",
             environment_name="e", environment_sha256=made.environment,
             init_run_id=made.source.run_id if made.source else None,
             init_step=made.source.checkpoints[-1].step if made.source else None,

@@ -24,6 +24,7 @@ Sign = Callable[[Verb, Sequence[str]], Sequence[str]]
 _CHUNK = 4 << 20  # bytes
 _TRIES = 3
 _PAUSE_S = 0.5
+_AZURE = {"x-ms-blob-type": "BlockBlob"}  # without it Azure takes no upload; to the others it says nothing
 
 T = TypeVar("T")
 
@@ -86,7 +87,7 @@ class SignedStore(Store):
         self, key: str, content: Callable[[], bytes | Iterator[bytes]], size: int, headers: Mapping[str, str]
     ) -> None:
         def send() -> None:
-            sized = {**headers, "Content-Length": str(size)}
+            sized = {**headers, "Content-Length": str(size), **_AZURE}
             _checked(self._http.put(self._address("PUT", key), content=content(), headers=sized), key)
 
         _repeated(key, send)
