@@ -393,6 +393,7 @@ class Claim(Record):
     store_options: dict[str, str] = Field(default_factory=dict, repr=False)  # a bucket's settings, keys included
     signed: bool = False  # the bucket is reached by addresses that the plane signs; there are no options then
     work_dir: str
+    host_user: str | None = None  # as whom the environment's host runs; none: as the worker itself
     resume_from: Manifest | None = None   # newest verified checkpoint of this run
     init_from: Manifest | None = None     # warm start's source (adapter files only)
     heartbeat_s: float

@@ -15,6 +15,7 @@ from flash.artifacts.manifests import adapter_only, manifest_key, object_key
 from flash.control_plane.retaining import expire
 from flash.control_plane.services import Services
 from flash.errors import FlashError
+from flash.launching.accounts import remove_quarters
 from flash.storage import engines, runs
 
 log = logging.getLogger("flash.cleaning")
@@ -53,6 +54,7 @@ class Cleaner:
         for run_id in ended:
             _remove_unnamed(plane, run_id)
             shutil.rmtree(plane.settings.home / "work" / run_id, ignore_errors=True)
+            remove_quarters(f"{run_id}.*")
             with plane.database.write() as connection:
                 runs.note_cleaned(connection, run_id, now=plane.clock())
 

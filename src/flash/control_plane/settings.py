@@ -127,6 +127,11 @@ class ServerSettings(BaseModel):
     """What an hour costs, by a device's name as `flash gpus` shows it, or for all as `gpu` or `cpu`. Budgets of keys
     go by it; left out, one's own hardware costs nothing."""
 
+    host_user: str | None = Field(default=None, min_length=1)
+    """The user of the operating system as whom environments run, with what `environment.pip` names: what people bring
+    is kept from the server's files and keys, its workers and other runs. Server and workers have to be root for it.
+    Left out: environments run as the server does."""
+
     # --- Workers: leases, patience, retries
 
     heartbeat_s: float = Field(default=5.0, gt=0)

@@ -90,6 +90,7 @@ def claim(body: ClaimRequest, worker: Worker, plane: Plane) -> Claim:
         store_options={} if plane.signs_for_workers else plane.store.options,
         signed=plane.signs_for_workers,
         work_dir=attempt.work_dir,
+        host_user=plane.settings.host_user,
         resume_from=resume,
         init_from=init,
         heartbeat_s=plane.settings.heartbeat_s,
