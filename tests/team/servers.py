@@ -134,9 +134,14 @@ class Servers:
         return leading[0] if len(leading) == 1 else None
 
     def wait_for_leader(self, other_than: int | None = None) -> int:
-        found: list[int] = wait_for(
-            lambda: [number] if (number := self.leader()) is not None and number != other_than else []
-        )
+        try:
+            found: list[int] = wait_for(
+                lambda: [number] if (number := self.leader()) is not None and number != other_than else []
+            )
+        except AssertionError as error:
+            ends = [process.poll() for process in self.processes]
+            said = (self.home / "server.out").read_text()[-3000:]
+            raise AssertionError(f"nobody leads but {self.leader()}; ends {ends}; {said}") from error
         return found[0]
 
     def kill(self, number: int) -> None:

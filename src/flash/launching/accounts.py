@@ -7,6 +7,7 @@ user are strangers to each other, by path and by process. Knows nothing of envir
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import shutil
@@ -96,8 +97,9 @@ def check_account(name: str, *, python: str = sys.executable) -> None:
 def remove_quarters(label: str) -> None:
     """What is left of all folders of this label, which may be a pattern."""
     for root in Path(tempfile.gettempdir()).glob(f"{_prefix(label)}-*"):
-        if root.stat(follow_symlinks=False).st_uid == os.geteuid():
-            shutil.rmtree(root, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another one was quicker
+            if root.stat(follow_symlinks=False).st_uid == os.geteuid():
+                shutil.rmtree(root, ignore_errors=True)
 
 
 def _prefix(label: str) -> str:
