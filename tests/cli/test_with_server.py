@@ -179,6 +179,21 @@ def test_retry_makes_a_new_run_of_a_cancelled_one_and_wants_its_secrets_again(fl
         flash("cancel", run["run_id"])
 
 
+def test_keep_says_how_long(flash, package, config):
+    assert flash("env", "push", "--name", "kept", package).exit_code == 0
+    ask = ("train", config, "--background", "--json", "--set", "environment.id=local/kept")
+    run_id = json.loads(flash(*ask).stdout)["run_id"]
+    assert flash("keep", run_id).stdout == f"{run_id} is kept for good\n"
+    assert json.loads(flash("keep", run_id, "--json").stdout)["managed"]["pinned"] is True
+    assert flash("keep", run_id, "--days", "30").stdout == f"{run_id} is kept for 30 day(s) from its end\n"
+    assert flash("keep", run_id, "--no").stdout == f"{run_id} is kept as long as the server keeps any run\n"
+    assert json.loads(flash("status", run_id, "--json").stdout)["managed"]["pinned"] is False
+    for wrong in (["--no", "--days", "3"], ["--days", "-1"]):
+        assert flash("keep", run_id, *wrong).exit_code != 0
+    assert flash("cancel", run_id).exit_code == 0
+    assert flash("env", "delete", "local/kept", "-y").exit_code == 0
+
+
 def test_login_points_every_command_at_another_server(flash, served, home, monkeypatch):
     server = local_server.ensure(served)
     monkeypatch.setenv("FLASH_HOME", str(home))  # another machine's home, so to say
