@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import insert, select, update
 from tests.team.worlds import Team
+from torture.machine import ENVIRONMENT, archive
 
 from flash.artifacts.manifests import environment_key, manifest_key, object_key, verify, write_checkpoint
 from flash.control_plane.cleaning import Cleaner
@@ -253,12 +254,13 @@ def test_a_push_of_what_went_brings_it_back(open_team):
     team: Team = open_team(**DAYS, clean_interval_s=0.0)
     world = World(team)
     key = team.key("beta")
-    team.push(key, "beta")
+    body = archive({"environment.py": ENVIRONMENT})  # its bytes name the second in which it was made
+    assert team.call(key, "POST", "/api/environments/beta/echo", content=body).status_code == 201
     with team.plane.database.write() as connection:
         [version] = environments.current(connection, org="beta")
         environments.delete(connection, org="beta", namespace="beta", name="echo", now=NOW - 100 * DAY_S)
     world.rounds()
     assert team.plane.store.size(environment_key(version.sha256)) is None
-    team.push(key, "beta")
+    assert team.call(key, "POST", "/api/environments/beta/echo", content=body).status_code == 201
     assert team.plane.store.size(environment_key(version.sha256)) == version.size
     team.run(key, "beta")

@@ -221,7 +221,7 @@ def test_a_run_of_a_real_server_learns_nothing(python: str, killed: bool):
             machine.processes(run_id, "flash.worker.supervisor")[0].kill()
         status = machine.ended(run_id, 250)
         assert status["state"] == "done", status["summary"]
-        assert not list(Path(tempfile.gettempdir()).glob(f"flash-host-{run_id}.*"))
+        wait_for(lambda: not list(Path(tempfile.gettempdir()).glob(f"flash-host-{run_id}.*")), 60)
         if killed:
             assert len(status["attempts"]) > 1
         texts = [event["data"].get("text", "") for event in machine.events(run_id) if event["kind"] == "log"]
