@@ -1,4 +1,4 @@
-"""Writes what is generated from code in `docs/`: two whole pages, and marked parts of two others.
+"""Writes what is generated in `docs/`: whole pages, marked parts of others, and pictures of what was measured.
 
 Run it by `make docs`; `--check` writes nothing and exits with 1 if a page is stale. A part stands between
 `<!-- generated: NAME -->` and `<!-- end -->`; the rest of its page is written by hand.
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import layout_table
+import measured
 import messages
 import server_settings
 from typer.testing import CliRunner
@@ -167,6 +168,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "layout-table": layout_table.table,
     "config-errors": config_errors,
     "warnings": warning_table,
+    "profile-sft": lambda: measured.profile_table("sft"),
+    "profile-grpo": lambda: measured.profile_table("grpo"),
     **{
         f"errors-{code.replace('_', '-')}": lambda code=code: error_table(code)  # type: ignore[misc]
         for code in sorted(set(messages.codes().values()))
@@ -184,20 +187,25 @@ PAGES: dict[str, Callable[[], str]] = {
     "configuration.md": markdown,
     "cli.md": command_line,
     "server.md": server_settings.page,
+    "benchmarks.md": measured.benchmark_page,
     "models.md": lambda: filled("models.md"),
+    "performance.md": lambda: filled("performance.md"),
     "troubleshooting.md": lambda: filled("troubleshooting.md"),
 }
 
 
 def main(*, check: bool) -> int:
-    """Writes the pages that have changed, or only names them; the exit code."""
+    """Writes the pages and pictures that have changed, or only names them; the exit code."""
     stale = 0
-    for name, render in PAGES.items():
-        text, path = render(), FOLDER / name
-        if text != path.read_text(encoding="utf-8"):
+    made = {name: render() for name, render in PAGES.items()}
+    made |= {f"images/{name}": picture for name, picture in measured.images().items()}
+    for name, text in made.items():
+        path = FOLDER / name
+        if not path.exists() or text != path.read_text(encoding="utf-8"):
             stale += 1
             print(f"docs/{name}{' is stale: run `make docs`' if check else ''}")
             if not check:
+                path.parent.mkdir(exist_ok=True)
                 path.write_text(text, encoding="utf-8")
     return int(check and stale > 0)
 

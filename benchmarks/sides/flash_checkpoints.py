@@ -53,7 +53,7 @@ class Reporter(RecordingReporter):
         super().__init__()
         self._uploader = uploader
 
-    def checkpoint(self, folder: Path, *, step: int, final: bool, metrics: Any) -> None:
+    def checkpoint(self, folder: Path, *, step: int, final: bool, metrics: Any, seconds: float) -> None:
         self._uploader.submit(LocalCheckpoint(folder, step, final, dict(metrics)))
 
 

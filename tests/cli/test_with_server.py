@@ -125,6 +125,7 @@ UNKNOWN = "flash-1700000000-00000000"
         ["log", UNKNOWN],
         ["log", UNKNOWN, "-f"],
         ["samples", UNKNOWN],
+        ["profile", UNKNOWN],
         ["cancel", UNKNOWN],
         ["checkpoints", UNKNOWN],
         ["retry", UNKNOWN],

@@ -13,6 +13,7 @@ from flash.launching.hardware import Device, cpu_device
 from flash.records import RunState
 from flash.storage import runs
 
+KINDS = {"cpu": "CPU", "mps": "Apple GPU"}
 ENVIRONMENT = "def load_environment():\n    ...\n"
 
 
@@ -22,7 +23,7 @@ def machine(monkeypatch):
 
     def have(**memory: int) -> None:
         devices = {
-            name.replace("_", ":"): Device(name.replace("_", ":"), "CPU" if name == "cpu" else "NVIDIA L40S", size)
+            name.replace("_", ":"): Device(name.replace("_", ":"), KINDS.get(name, "NVIDIA L40S"), size)
             for name, size in memory.items()
         }
         monkeypatch.setattr(estimating, "_local_devices", lambda: devices)
@@ -58,6 +59,16 @@ def test_the_roomiest_device_decides(world, machine):
     assert post(world, model="Qwen/Qwen3.5-4B").status_code == 201
     machine(cpu=8 * 10**9)
     assert "choose a smaller model" in post(world, model="Qwen/Qwen3.5-4B").json()["error"]["remedy"]
+
+
+def test_an_apple_gpu_is_planned_with_as_the_processor_that_a_run_may_fall_back_to(world, machine):
+    world.launcher._devices = ("mps",)
+    machine(mps=16 * 10**9)
+    ((name, hardware),) = reachable(world.plane)
+    assert (name, hardware.name, hardware.kind, hardware.memory) == ("mps", "Apple GPU", "cpu", 16 * 10**9)
+    error = post(world, model="Qwen/Qwen3.5-4B").json()["error"]
+    assert "the roomiest hardware, Apple GPU, has 16 GB" in error["message"]
+    assert post(world).json()["managed"]["estimated_s"] > 0
 
 
 def test_devices_that_can_not_be_described_refuse_nothing(world, machine):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from typer.testing import CliRunner
@@ -41,7 +42,7 @@ def test_generated_pages_are_current():
 
 
 def test_a_stale_page_is_noticed_and_refreshed(tmp_path):
-    pages = ("configuration.md", "cli.md", "server.md", "models.md", "troubleshooting.md")
+    pages = ("configuration.md", "cli.md", "server.md", "models.md", "troubleshooting.md", "performance.md")
     for name in (*(path.name for path in DOCS.iterdir() if path.suffix in (".py", ".json")), *pages):
         (tmp_path / name).write_bytes((DOCS / name).read_bytes())
     (tmp_path / "cli.md").write_text(text("cli.md").replace("--background", "--behind"))
@@ -56,6 +57,19 @@ def test_a_stale_page_is_noticed_and_refreshed(tmp_path):
     assert "--behind" in (tmp_path / "cli.md").read_text(), "a check writes nothing"
     assert generate().returncode == 0
     assert "--behind" not in (tmp_path / "cli.md").read_text()
+
+
+def test_every_result_has_its_tables_and_pictures():
+    page, results = text("benchmarks.md"), ROOT / "benchmarks" / "results"
+    for path in results.glob("*.json"):
+        result = json.loads(path.read_text())
+        assert f"`python benchmarks/run.py {path.stem}`" in page
+        assert f"Python {result['machine']['python']}" in page
+    pictures = re.findall(r"\]\(images/([^)]+\.svg)\)", page + text("performance.md"))
+    assert {"profile-sft.svg", "profile-grpo.svg"} < set(pictures)
+    for name in pictures:
+        drawn = ElementTree.parse(DOCS / "images" / name).getroot()
+        assert drawn.tag.endswith("svg")
 
 
 def test_every_command_is_in_the_reference():

@@ -200,6 +200,49 @@ def test_an_adapter_is_copied_out(machine, trained, tmp_path, suffix):
     assert json.loads((folder / "flash.json").read_text())["step"] == done["step"]
 
 
+def test_a_profile_says_where_the_time_went(machine, trained, tmp_path):
+    until(lambda: machine.status(trained)["attempts"][0]["ended_at"])
+    said = json.loads(machine.flash("profile", trained, "--output", tmp_path / "trace.json", "--json"))
+    trace = json.loads((tmp_path / "trace.json").read_text())
+    spans = [entry for entry in trace["traceEvents"] if entry["ph"] == "X"]
+    assert said["spans"] == len(spans)
+    names = [span["name"] for span in spans]
+    for name in (
+        "queued", "provisioning", "running", "launching", "starting worker", "preparing environment", "loading model",
+        "preparing data", "training", "step 1", "step 4", "forward and backward", "optimizer", "held-out loss",
+        "checkpoint", "evaluating", "upload step 2", "upload step 4",
+    ):  # fmt: skip
+        assert name in names, names
+    for track in {(span["pid"], span["tid"]) for span in spans}:
+        open_until: list[int] = []
+        for span in [each for each in spans if (each["pid"], each["tid"]) == track]:  # as written: parts after wholes
+            start, end = span["ts"], span["ts"] + span["dur"]
+            while open_until and start >= open_until[-1]:
+                open_until.pop()
+            assert start <= end and all(end <= each for each in open_until), span
+
+    status, phases = machine.status(trained), [span for span in spans if span["cat"] == "phase"]
+    attempt = status["attempts"][0]
+    claimed = sum(span["dur"] for span in phases if span["name"] != "launching")
+    assert claimed == pytest.approx(1e6 * (attempt["ended_at"] - attempt["started_at"]), abs=1e5)
+    for span in spans:  # a step is as long as its parts, and about as long as it was measured
+        if span["cat"] == "step":
+            parts = [each for each in spans if each["cat"] == "part of a step" and each["ts"] >= span["ts"]]
+            assert sum(part["dur"] for part in parts[:2]) == pytest.approx(span["dur"], abs=3)
+            assert span["dur"] <= 1e6 * span["args"]["seconds"] + 2
+    seconds = said["seconds"]
+    training = sum(value for name, value in seconds.items() if name.startswith("training: "))
+    assert 0 < training <= seconds["training"] + 0.01
+    assert trace["otherData"]["seconds"] == seconds
+
+
+def test_a_profile_that_cannot_be_written_is_one_line(machine, trained, tmp_path):
+    process = machine.begin("profile", trained, "--output", tmp_path / "nowhere" / "trace.json")
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err.count("\n")) == (1, 1)
+    assert "No such file" in err and "--output FILE" in err
+
+
 def test_the_service_stops_and_comes_back_with_everything(machine, trained):
     before = json.loads(machine.flash("server", "status", "--json"))
     machine.flash("server", "stop")

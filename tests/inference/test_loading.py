@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from flash.catalog.catalog import load_catalog
 from flash.errors import ModelError
-from flash.inference.loading import BaseModel, gap_to_cpu, load_base, load_checked
+from flash.inference.loading import BaseModel, best_device, dtype_for, gap_to_cpu, load_base, load_checked
 
 NANO = Path(load_catalog().get("flash/nano").source)
 
@@ -50,6 +50,12 @@ def test_every_place_that_lists_an_end_token_counts(copy: Path) -> None:
 
 def test_a_dtype_can_be_asked_for() -> None:
     assert load_base(NANO, device="cpu", dtype=torch.bfloat16).head.dtype == torch.bfloat16
+
+
+def test_the_device_decides_on_the_dtype() -> None:
+    kinds = {name: dtype_for(torch.device(name)) for name in ("cpu", "cuda", "cuda:1", "mps")}
+    assert kinds == {"cpu": torch.float32, "cuda": torch.bfloat16, "cuda:1": torch.bfloat16, "mps": torch.bfloat16}
+    assert best_device() == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def edit(path: Path, **changes: object) -> None:

@@ -185,8 +185,8 @@ def test_a_run_stopped_while_sampling_keeps_the_step_before(run) -> None:
         asked = 0
 
         def should_stop(self) -> bool:
-            self.asked += 1
-            return len(self.of("metrics")) == 2 and self.asked > 30
+            self.asked += len(self.of("metrics")) == 2
+            return self.asked > 1  # the first time is between two steps
 
     whole, _ = run(grpo_spec(), name="whole")
     part, reporter = run(grpo_spec(), name="part", reporter=Impatient())

@@ -16,6 +16,7 @@ from flash.config.run import RunSpec
 from flash.environments.protocol import EpisodeStart, Score
 from flash.inference.loading import BaseModel
 from flash.inference.lora import save_adapter
+from flash.training.fitting import MicroBatches
 from flash.training.policy import Policy, build_policy
 from flash.training.rollouts import Episode, Group, Prompt
 from flash.training.updating import Updater
@@ -83,7 +84,8 @@ def our_update(
 ) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     before = {name: tensor.clone() for name, tensor in policy.adapter.tensors().items()}
     optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
-    updater = Updater(spec, policy, optimizer, micro_batch_divisor=divisor, mismatch_limit=10.0)
+    micro = MicroBatches(spec.recipe.micro_batch_tokens // divisor)
+    updater = Updater(spec, policy, optimizer, micro_batches=micro, mismatch_limit=10.0)
     metrics = updater.update(groups, step=1)
     return metrics, {name: before[name] - tensor for name, tensor in policy.adapter.tensors().items()}
 

@@ -13,11 +13,10 @@ import pytest
 import torch
 
 from flash.environments.loading import LocalEnvironment
-from flash.errors import InvalidInput, ModelError, OutOfMemory
+from flash.errors import InvalidInput, ModelError
 from flash.inference.lanes import Lanes
 from flash.inference.loading import BaseModel, load_base
 from flash.records import Phase
-from flash.training.optimizer import out_of_memory
 from flash.training.reporter import RecordingReporter
 from flash.training.sft import TrainResult, train
 
@@ -250,12 +249,3 @@ def test_faulty_held_out_rows_cost_the_held_out_loss_and_not_the_run(run, spec, 
     environment = make_environment("faulty", rows=4, eval_lines=[faulty, "{torn"])
     result, reporter = run(spec(), environment=environment)
     assert result.step == 1 and "no held-out loss" in warnings(reporter)["held_out_rows"]
-
-
-def test_running_out_of_memory_is_told_from_other_faults() -> None:
-    with pytest.raises(RuntimeError) as caught:
-        torch.empty(1 << 58)
-    error = out_of_memory(caught.value)
-    assert isinstance(error, OutOfMemory) and "max_length" in str(error)
-    assert isinstance(out_of_memory(torch.OutOfMemoryError("CUDA out of memory")), OutOfMemory)
-    assert out_of_memory(RuntimeError("shapes differ")) is None

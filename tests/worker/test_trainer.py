@@ -94,14 +94,16 @@ def test_reports_reach_the_supervisor_as_they_were_made(tmp_path):
     reporter = ChannelReporter(channel, stop)
     reporter.phase(Phase.TRAINING, total_steps=9)
     reporter.metrics(3, {"loss": torch.tensor(0.5).item()})
-    reporter.checkpoint(tmp_path / "step-3", step=3, final=False, metrics={"loss": 0.5})
+    reporter.checkpoint(tmp_path / "step-3", step=3, final=False, metrics={"loss": 0.5}, seconds=0.25)
     reporter.evaluation(EvalReport(base=0.25, adapter=0.75, n=4))
     reporter.sample(3, {"text": "hi"})
     channel.close()
     supervisor.wait_closed(5)
+    assert 0.01 < frames[1]["data"]["values"].pop("memory_gb") < 100
     assert [(frame["kind"], frame["data"]) for frame in frames] == [
         ("phase", {"phase": "training", "total_steps": 9}),
         ("metrics", {"step": 3, "total_steps": 9, "values": {"loss": 0.5}}),
+        ("metrics", {"step": 3, "total_steps": 9, "values": {"seconds_checkpoint": 0.25}}),
         ("checkpoint", {"folder": str(tmp_path / "step-3"), "step": 3, "final": False, "metrics": {"loss": 0.5}}),
         ("eval", {"base": 0.25, "adapter": 0.75, "n": 4}),
         ("sample", {"text": "hi", "step": 3}),

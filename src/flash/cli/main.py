@@ -35,6 +35,7 @@ COMMANDS = {
     "status": Entry("flash.cli.runs", "Show a run: what happened and what comes next.", TRAINING),
     "log": Entry("flash.cli.runs", "Print a run's log.", TRAINING),
     "samples": Entry("flash.cli.runs", "Print the completions that a run recorded.", TRAINING),
+    "profile": Entry("flash.cli.profile", "Write where a run's time went as a trace, and sum it up.", TRAINING),
     "cancel": Entry("flash.cli.runs", "Cancel a run; its checkpoints stay.", TRAINING),
     "retry": Entry("flash.cli.retry", "Go on from where a failed or cancelled run stopped.", TRAINING),
     "checkpoints": Entry("flash.cli.runs", "List a run's checkpoints.", TRAINING),

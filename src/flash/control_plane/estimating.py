@@ -6,6 +6,7 @@ Owns the meeting of the catalog's arithmetic with real devices and a real packag
 from __future__ import annotations
 
 import os
+import platform
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from flash.control_plane.services import Services
 from flash.environments.package import unpack
 from flash.environments.sizes import SplitSize, split_size
 from flash.errors import FlashError, ModelError
-from flash.launching.hardware import Device, cpu_device, cuda_devices
+from flash.launching.hardware import Device, apple_devices, cpu_device, cuda_devices
 from flash.storage.runs import PricedRow
 
 _LARGEST_PACKAGE = 8 << 20  # bytes of an archive that a submit opens to count its rows
@@ -66,12 +67,13 @@ def _priced(hardware: HardwareClass, prices: Mapping[str, float]) -> HardwareCla
 @cache
 def _local_devices() -> dict[str, Device]:
     """Asked once: neither memory nor GPUs come and go while a server runs."""
-    return {device.name: device for device in [cpu_device(), *cuda_devices()]}
+    apple = apple_devices(platform.system(), platform.machine())
+    return {device.name: device for device in [cpu_device(), *cuda_devices(), *apple]}
 
 
 def _class_of(device: Device) -> HardwareClass:
-    if device.name == "cpu":
-        return cpu_class(memory=device.memory, cores=os.cpu_count() or 1)
+    if device.name in ("cpu", "mps"):  # nobody has measured an Apple GPU, and a run may fall back to its processor
+        return cpu_class(memory=device.memory, cores=os.cpu_count() or 1, name=device.kind)
     return gpu_like(device.kind, device.memory)
 
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F  # noqa: N812  (the field's usual name)
 from torch import Tensor, nn
 
 from flash.errors import ModelError
+from flash.inference.copied_layers import CopiedLayer, decode_step
 
 _PREFILL_TOKENS = 8192  # padded prompt tokens in one prefill forward; bounds its activations
 _GROWTH = 128  # columns by which a full cache grows
@@ -220,6 +221,13 @@ class RowDecoder:
         hidden_BK_1_T = self._hidden_columns(column + 1)
         scale = self._head_dim**-0.5
         x = self._body.embed_tokens(tokens_B)
+        self._column += 1
+        copied = [layer.weights for layer in self._layers if isinstance(layer, CopiedLayer)]
+        if copied:
+            return decode_step(
+                x, cos, sin, hidden_BK_1_T, column, self._heads, scale, self._keys, self._values, copied,
+                self._body.norm.weight, self._model.lm_head.weight,
+            )  # fmt: skip
         for layer, keys, values in zip(self._layers, self._keys, self._values, strict=True):
             q, k, v = self._heads_of(layer, layer.attention_norm(x), cos, sin)  # [B, heads, d]
             keys[:B, :, column] = k
@@ -232,7 +240,6 @@ class RowDecoder:
             attended = torch.bmm(weights, values_BK_T_D)
             x = x + layer.out(attended.view(B, -1))
             x = x + layer.mlp(layer.mlp_norm(x))
-        self._column += 1
         return self._model.lm_head(self._body.norm(x))
 
     def keep(self, rows_K: Tensor) -> None:
@@ -344,8 +351,9 @@ class _Layer(Protocol):
 def _layers_of(model: Any) -> list[_Layer]:
     """The model's layers under the adapter that it wears now, until the batch ends."""
     weights = sum(weight.numel() for weight in model.parameters())
-    if model.dtype == torch.float32 and weights <= _MOST_COPIED:
-        return [_CopiedLayer(layer) for layer in model.model.layers]
+    silu = getattr(model.config, "hidden_act", None) == "silu"
+    if model.dtype == torch.float32 and weights <= _MOST_COPIED and silu:
+        return [CopiedLayer(layer) for layer in model.model.layers]
     return [_ModuleLayer(layer) for layer in model.model.layers]
 
 
@@ -368,71 +376,6 @@ class _ModuleLayer:
         if not hasattr(attention, "q_norm"):
             return qk
         return torch.cat((attention.q_norm(qk[..., :heads, :]), attention.k_norm(qk[..., heads:, :])), dim=-2)
-
-
-class Norms:
-    """A layer's norms, each as one operation."""
-
-    def __init__(self, layer: Any) -> None:
-        attention = layer.self_attn
-        self._norms = layer.input_layernorm, layer.post_attention_layernorm
-        self._qk_weight: Tensor | None = None
-        if hasattr(attention, "q_norm"):
-            queries = attention.q_proj.out_features // attention.head_dim
-            keys = attention.k_proj.out_features // attention.head_dim
-            self._qk_weight = torch.stack([attention.q_norm.weight] * queries + [attention.k_norm.weight] * keys)
-            self._qk_epsilon = attention.q_norm.variance_epsilon
-
-    def attention_norm(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self._norms[0])
-
-    def mlp_norm(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self._norms[1])
-
-    def qk_norm(self, qk: Tensor, heads: int) -> Tensor:
-        if self._qk_weight is None:
-            return qk
-        return F.rms_norm(qk, qk.shape[-1:], None, self._qk_epsilon) * self._qk_weight
-
-
-class _CopiedLayer(Norms):
-    """Small fp32 models: projections that share an input as one product, over copies of their weights with the
-    adapter's update added. The base is never written to, and in fp32 adding costs no precision."""
-
-    def __init__(self, layer: Any) -> None:
-        super().__init__(layer)
-        attention, mlp = layer.self_attn, layer.mlp
-        self._qkv = _stacked(attention.q_proj, attention.k_proj, attention.v_proj)
-        self._out = _stacked(attention.o_proj)
-        self._gate_up = _stacked(mlp.gate_proj, mlp.up_proj)
-        self._down = _stacked(mlp.down_proj)
-        self._activation = mlp.act_fn
-
-    def qkv(self, x: Tensor) -> Tensor:
-        return F.linear(x, *self._qkv)
-
-    def out(self, x: Tensor) -> Tensor:
-        return F.linear(x, *self._out)
-
-    def mlp(self, x: Tensor) -> Tensor:
-        gate, up = F.linear(x, *self._gate_up).chunk(2, dim=-1)
-        return F.linear(self._activation(gate) * up, *self._down)
-
-
-def rms_norm(x: Tensor, norm: Any) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
-
-
-def _stacked(*linears: Any) -> tuple[Tensor, Tensor | None]:
-    """(weight, bias) of linears that share an input, stacked along the output, the worn adapter's update added."""
-    weights = []
-    for linear in linears:
-        pair = getattr(linear, "pair", None)
-        weights.append(
-            linear.weight if pair is None else torch.addmm(linear.weight, pair.B, pair.A, alpha=pair.scaling)
-        )
-    biases = [linear.bias for linear in linears if linear.bias is not None]
-    return torch.cat(weights), torch.cat(biases) if biases else None
 
 
 class CacheDecoder:

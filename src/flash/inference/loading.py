@@ -27,6 +27,7 @@ from flash.errors import ModelError, OutOfMemory
 from flash.inference.fetching import Progress, locate
 from flash.inference.lanes import ONE_LANE, Lanes
 from flash.inference.lora import Adapters
+from flash.inference.memory import first_line, is_out_of_memory
 from flash.inference.model_files import check
 
 transformers_logging.disable_progress_bar()
@@ -71,9 +72,13 @@ class BaseModel:
 
 
 def best_device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "cpu"
+    """For callers that are given none; a launcher gives each attempt its own."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def dtype_for(device: torch.device) -> torch.dtype:
+    """What a base is computed in there. Never fp16: it gives NaN gradients in Gated DeltaNet."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 def load_checked(source: str | Path, *, device: str, **options: Any) -> tuple[BaseModel, str | None]:
@@ -119,7 +124,7 @@ def load_base(
     """
     label = name or str(source)
     place = torch.device(device or best_device())
-    kind = dtype or (torch.float32 if place.type == "cpu" else torch.bfloat16)
+    kind = dtype or dtype_for(place)
     about = describe(source, name=name, revision=revision, progress=progress)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -133,10 +138,12 @@ def load_base(
             **_LOCAL,
         )
         model = model.to(place).eval()
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemory(f"{label} does not fit into the memory of {place}: {error}") from error
-    except _LOADING_FAILS as error:
-        raise _explained(label, error) from error
+    except (RuntimeError, MemoryError, *_LOADING_FAILS) as error:
+        if is_out_of_memory(error):
+            raise OutOfMemory(f"{label} does not fit into the memory of {place}: {first_line(error)}") from error
+        if isinstance(error, _LOADING_FAILS):
+            raise _explained(label, error) from error
+        raise
     _check_report(label, report)
     return BaseModel(
         name=label,

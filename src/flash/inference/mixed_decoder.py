@@ -17,7 +17,8 @@ import torch.nn.functional as F  # noqa: N812  (the field's usual name)
 from torch import Tensor, nn
 
 from flash.inference.adapter_bank import AdapterBank, Home, Mix, Runs, Site
-from flash.inference.decoding import Norms, Rotations, agrees, rms_norm, rotated, row_layout
+from flash.inference.copied_layers import Norms, rms_norm
+from flash.inference.decoding import Rotations, agrees, rotated, row_layout
 
 _GROWTH = 128  # columns by which a full cache grows at least
 _MOST_COPIED = 20_000_000  # parameters of a model whose projections are copied side by side, at start

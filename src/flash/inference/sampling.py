@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flash.inference.engine import Sampling, Scored
+from flash.inference.scripting import scripted
 
 Decode = Callable[[Sequence[int]], str]
 
+_AHEAD = 16  # positions whose numbers are drawn together
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 
@@ -39,7 +41,7 @@ def stream_key(*parts: int) -> int:
 
 
 def uniforms(keys: NDArray[np.uint64], positions: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """One number in [0, 1) a row: draw `positions[i]` of the stream `keys[i]`. Counter-based: no state."""
+    """Numbers in [0, 1): draw `positions[..., i]` of the stream `keys[i]`. Counter-based: no state."""
     x = keys + (positions + np.uint64(1)) * np.uint64(_GOLDEN)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -57,6 +59,12 @@ class Knobs:
     greedy_B_1: Tensor | None = None  # None: none is
     top_p_B_1: Tensor | None = None  # None: 1 for all
     tempered_B_1: Tensor | None = None  # rows whose log-probs are wanted under the tempered distribution
+
+    @property
+    def plain(self) -> bool:
+        """Every row is drawn at temperature 1 from all tokens."""
+        knobs = (self.temperature_B_1, self.greedy_B_1, self.top_p_B_1, self.tempered_B_1)
+        return self.drawn and all(knob is None for knob in knobs)
 
     @classmethod
     def of(cls, samplings: Sequence[Sampling], device: torch.device) -> Knobs:
@@ -87,6 +95,8 @@ def choose(
     `u_B_1` (fp64, uniform) picks from the cumulative distribution, so equal draws give equal tokens. Tokens
     `banned` are never drawn; the log-probs are those of the model all the same.
     """
+    if knobs.plain and u_B_1 is not None and banned_B_V is None:
+        return _choose_plainly(logits_B_V, u_B_1)
     logprobs_B_V = torch.log_softmax(logits_B_V.float(), dim=-1)
     if banned_B_V is not None:
         logits_B_V = logits_B_V.masked_fill(banned_B_V, float("-inf"))
@@ -113,6 +123,16 @@ def choose(
     return tokens_B_1.squeeze(1), chosen_B_1.squeeze(1)
 
 
+@scripted
+def _choose_plainly(logits_B_V: Tensor, u_B_1: Tensor) -> tuple[Tensor, Tensor]:
+    """`choose` with nothing but draws at temperature 1."""
+    logprobs_B_V = torch.log_softmax(logits_B_V.float(), dim=-1)
+    cumulative_B_V = logprobs_B_V.exp().cumsum(dim=-1, dtype=torch.float64)
+    tokens_B_1 = torch.searchsorted(cumulative_B_V, u_B_1 * cumulative_B_V[:, -1:], right=True)
+    tokens_B_1 = tokens_B_1.clamp_(max=logits_B_V.shape[1] - 1)
+    return tokens_B_1.squeeze(1), logprobs_B_V.gather(1, tokens_B_1).squeeze(1)
+
+
 class Draws:
     """Draws the next token of each row of a batch, again and again until its rows change."""
 
@@ -122,14 +142,21 @@ class Draws:
         self._knobs = Knobs.of([sampling for sampling, _, _ in rows], device)
         self._keys = np.array([key for _, key, _ in rows], dtype=np.uint64)
         self._drawn = np.array([drawn for _, _, drawn in rows], dtype=np.uint64)
+        self._ahead: list[Tensor] = []  # the next positions' uniforms [B, 1], nearest last
 
     def next(self, logits_B_V: Tensor, banned_B_V: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(tokens_B, logprobs_B); see `choose`."""
         u_B_1 = None
         if self._knobs.drawn:
-            u_B_1 = torch.from_numpy(uniforms(self._keys, self._drawn)).to(self._device)[:, None]
-            self._drawn += np.uint64(1)
+            u_B_1 = (self._ahead or self._look_ahead()).pop()
         return choose(logits_B_V, self._knobs, u_B_1, banned_B_V)
+
+    def _look_ahead(self) -> list[Tensor]:
+        positions = self._drawn + np.arange(_AHEAD, dtype=np.uint64)[:, None]
+        u_P_B_1 = torch.from_numpy(uniforms(self._keys, positions)).to(self._device)[:, :, None]
+        self._drawn += np.uint64(_AHEAD)
+        self._ahead = list(u_P_B_1.flip(0))
+        return self._ahead
 
 
 def likeliest(logits_N_V: Tensor, count: int) -> list[tuple[tuple[int, float], ...]]:

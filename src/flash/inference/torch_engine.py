@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -29,6 +30,7 @@ FinishReason = Literal["stop", "length", "cancelled"]
 _MAX_ROWS = 256  # samples decoding at once
 _MAX_CACHE_TOKENS = 1 << 18  # ... as long as their longest possible transcripts stay under this
 _LEAST_ROWS = 32  # fewer are not worth a lane of their own: the interpreter is shared
+_STRIDE = 8  # tokens for which lanes go on by themselves: meeting costs two of them a wake-up
 _RETIRE_PARTS = 8  # finished rows leave once they are an eighth of the batch: moving the cache costs too
 
 
@@ -55,13 +57,16 @@ class TorchEngine:
         *,
         max_rows: int = _MAX_ROWS,
         max_cache_tokens: int = _MAX_CACHE_TOKENS,
+        divisor: int = 1,
         ignore_stop_ids: bool = False,
     ) -> None:
-        """`ignore_stop_ids` decodes past the model's own end tokens (for measurements of fixed length)."""
+        """`divisor` lessens what decodes at once, after memory ran out. `ignore_stop_ids` decodes past the model's own
+        end tokens (for measurements of fixed length)."""
         self._base = base
         self._stop_ids = frozenset() if ignore_stop_ids else frozenset(base.stop_ids)
-        self._max_rows = max_rows
-        self._max_cache_tokens = max_cache_tokens
+        self._max_rows = max(1, max_rows // divisor)
+        self._max_cache_tokens = max_cache_tokens // divisor
+        self._asked = 0  # samples of the newest call
         self._decoders: list[Decoder] = []  # one a lane
 
     def load_adapter(self, name: str, folder: Path) -> None:
@@ -77,43 +82,56 @@ class TorchEngine:
         return [[done[i, k] for k in range(request.n)] for i, request in enumerate(requests)]
 
     def completions(self, requests: Sequence[Request], *, watch: Watch | None = None) -> Iterator[Finished]:
-        for row, _ in self._run(requests, watch):
-            if row.finish_reason is not None:
+        for row, count in self._run(requests, watch, stride=_STRIDE):
+            if row.finish_reason is not None and count == len(row.tokens):
                 completion = Completion(tuple(row.tokens), tuple(row.logprobs), row.finish_reason)
                 yield Finished(row.request, row.sample, completion)
 
     def stream(self, requests: Sequence[Request]) -> Iterator[TokenDelta]:
-        for row, moved in self._run(requests, None):
-            if moved:
-                yield TokenDelta(row.request, row.sample, row.tokens[-1], row.logprobs[-1], row.finish_reason)
+        for row, _ in self._run(requests, None, stride=1):
+            yield TokenDelta(row.request, row.sample, row.tokens[-1], row.logprobs[-1], row.finish_reason)
 
     def close(self) -> None:
         for decoder in self._decoders:
             decoder.clear()
 
-    def _run(self, requests: Sequence[Request], watch: Watch | None) -> Iterator[tuple[_Row, bool]]:
-        """Every sample after each of its tokens, and whether it got one (a cancelled one may not have)."""
+    def shrink(self) -> int | None:
+        """Halves what decodes at once: how many samples at most from here on. None: it was one already."""
+        rows = min(self._max_rows, self._asked)
+        if rows < 2:
+            return None
+        self._max_rows = rows // 2
+        self._max_cache_tokens //= 2
+        return self._max_rows
+
+    def _run(self, requests: Sequence[Request], watch: Watch | None, *, stride: int) -> Iterator[tuple[_Row, int]]:
+        """Every sample for each of its tokens, with how many these are (a cancelled one may have none).
+
+        Of up to `stride` tokens the first is only told when the last is there.
+        """
         self._check(requests)
+        self._asked = sum(request.n for request in requests)
         for adapter in dict.fromkeys(request.adapter for request in requests):
             waiting = [
                 (i, k) for i, request in enumerate(requests) if request.adapter == adapter for k in range(request.n)
             ]
             with self._wearing(adapter):
-                yield from self._decode(self._lanes(requests, waiting), watch)
+                yield from self._decode(self._lanes(requests, waiting), watch, stride)
 
-    def _decode(self, lanes: Sequence[_Lane], watch: Watch | None) -> Iterator[tuple[_Row, bool]]:
+    def _decode(self, lanes: Sequence[_Lane], watch: Watch | None, stride: int) -> Iterator[tuple[_Row, int]]:
+        # the lanes meet after each stride, so that what comes out comes in one order however fast each of them is
+        work = [partial(lane.advance, stride if len(lanes) > 1 else 1) for lane in lanes]
         try:
-            # the lanes keep step, so that what comes out comes in one order however fast each of them is
-            while moved := [row for rows in self._base.lanes.run([lane.advance for lane in lanes]) for row in rows]:
+            while moved := [each for part in self._base.lanes.run(work) for each in part]:
                 cancelled = watch is not None and watch()
-                for row in moved:
-                    if cancelled and row.finish_reason is None:
+                for row, count in moved:
+                    if cancelled and row.finish_reason is None and count == len(row.tokens):
                         row.finish_reason = "cancelled"
-                    yield row, True
+                    yield row, count
                 if cancelled:
                     for row in (row for lane in lanes for row in lane.batch.waiting_rows()):
                         row.finish_reason = "cancelled"
-                        yield row, False
+                        yield row, 0
                     return
         finally:
             for lane in lanes:
@@ -175,12 +193,17 @@ class _Lane:
     max_cache_tokens: int
 
     @torch.inference_mode()  # inside alone: what a consumer computes may need gradients
-    def advance(self) -> list[_Row]:
-        """One more token for every row that decodes; the rows that got one, none when all is done."""
-        self.batch.retire(self.decoder)
-        logits = self.decoder.step(self.batch.last_tokens) if self.batch.rows else None
-        logits = self._admit(logits)
-        return [] if logits is None else self.batch.draw(logits)
+    def advance(self, stride: int) -> list[tuple[_Row, int]]:
+        """Up to `stride` more tokens for every row that decodes; (row, its tokens by then), none when all is done."""
+        moved: list[tuple[_Row, int]] = []
+        for _ in range(stride):
+            self.batch.retire(self.decoder)
+            logits = self.decoder.step(self.batch.last_tokens) if self.batch.rows else None
+            logits = self._admit(logits)
+            if logits is None:
+                break
+            moved.extend((row, len(row.tokens)) for row in self.batch.draw(logits))
+        return moved
 
     def _admit(self, logits: Tensor | None) -> Tensor | None:
         """Lets waiting samples join, in order, as far as rows and cache allow; all rows' logits."""

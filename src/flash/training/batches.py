@@ -6,6 +6,7 @@ of models, losses or where rows come from.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -37,8 +38,7 @@ class TokenRows:
     @classmethod
     def write(cls, path: Path, targets: Iterable[RenderedTarget]) -> TokenRows:
         """Streams the targets into `path` and opens it."""
-        ends: list[int] = []
-        trained_from: list[int] = []
+        ends, trained_from = array("q"), array("q")
         total = 0
         with path.open("wb") as file:
             for target in targets:
@@ -46,8 +46,23 @@ class TokenRows:
                 total += len(target.tokens)
                 ends.append(total)
                 trained_from.append(target.trained_from)
-        tokens = np.memmap(path, dtype=np.int32, mode="r") if total else np.zeros(0, dtype=np.int32)
-        return cls(tokens, np.asarray(ends, dtype=np.int64), np.asarray(trained_from, dtype=np.int64))
+        return cls(_mapped(path), np.frombuffer(ends, dtype=np.int64), np.frombuffer(trained_from, dtype=np.int64))
+
+    def save(self, folder: Path) -> None:
+        """Writes everything into a new folder, for `open`."""
+        folder.mkdir()
+        self._tokens.tofile(folder / "tokens")
+        np.save(folder / "ends.npy", self._ends)
+        np.save(folder / "trained_from.npy", self._trained_from)
+
+    @classmethod
+    def open(cls, folder: Path) -> TokenRows:
+        """Raises OSError or ValueError where the folder is not what `save` left."""
+        tokens = _mapped(folder / "tokens")
+        ends, trained_from = (np.load(folder / name) for name in ("ends.npy", "trained_from.npy"))
+        if len(ends) != len(trained_from) or len(tokens) != (ends[-1] if len(ends) else 0):
+            raise ValueError(f"{folder} is not whole")
+        return cls(tokens, ends, trained_from)
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -60,6 +75,12 @@ class TokenRows:
     def trained_tokens(self, indices: Ints) -> int:
         """How many tokens of these rows are trained; a row's very first token never is."""
         return int((self.lengths[indices] - np.maximum(self._trained_from[indices], 1)).sum())
+
+
+def _mapped(path: Path) -> npt.NDArray[np.int32]:
+    if path.stat().st_size == 0:  # nothing can be mapped
+        return np.zeros(0, dtype=np.int32)
+    return np.memmap(path, dtype=np.int32, mode="r")
 
 
 def steps_per_epoch(rows: int, batch_size: int) -> int:

@@ -11,7 +11,7 @@ bases keep their own forward. `lean_forward` returns None wherever the result wo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Optional, Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812  (the field's usual name)
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from flash.inference.loading import BaseModel
 from flash.inference.lora import LoraLinear
+from flash.inference.scripting import scripted
 from flash.training.batches import Sharing
 
 _MAX_PARAMETERS = 500_000_000  # the copies take as much memory as the adapted weights
@@ -56,7 +57,7 @@ def lone_rows_forward(base: BaseModel) -> Forward:
 def lean_forward(base: BaseModel) -> Forward | None:
     """The lean forward, if the layout is known and its numbers agree with the model's own here."""
     config = base.model.config
-    if config.model_type not in ("qwen3", "llama") or base.dtype != torch.float32:
+    if config.model_type not in ("qwen3", "llama") or config.hidden_act != "silu" or base.dtype != torch.float32:
         return None
     if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()):
         return None
@@ -131,8 +132,8 @@ def _attention(
 
 
 def _mlp(mlp: Any, x: Tensor) -> Tensor:
-    gate, up = _project([mlp.gate_proj, mlp.up_proj], x).chunk(2, dim=-1)
-    return _project([mlp.down_proj], mlp.act_fn(gate) * up)
+    gated: Tensor = _SwiGLU.apply(_project([mlp.gate_proj, mlp.up_proj], x))
+    return _project([mlp.down_proj], gated)
 
 
 def _norm(norm: Any, x: Tensor) -> Tensor:
@@ -164,31 +165,92 @@ class _AdaptedLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x_N_I: Tensor, weights: list[Tensor], bias: Tensor | None, scalings: list[float], *factors: Tensor
     ) -> Tensor:
-        As, Bs = factors[0::2], factors[1::2]
-        adapted_O_I = x_N_I.new_empty(sum(len(B) for B in Bs), x_N_I.shape[-1])
-        parts = adapted_O_I.split([len(B) for B in Bs])
-        for part, weight, A, B, scaling in zip(parts, weights, As, Bs, scalings, strict=True):
-            torch.addmm(weight, B, A, alpha=scaling, out=part)
+        out_N_O, adapted_O_I = _adapted(x_N_I, weights, bias, scalings, list(factors[0::2]), list(factors[1::2]))
         ctx.save_for_backward(x_N_I, adapted_O_I, *factors)
         ctx.scalings = scalings
-        return F.linear(x_N_I, adapted_O_I, bias)
+        return out_N_O
 
     @staticmethod
     def backward(ctx: Any, grad_N_O: Tensor) -> tuple[Tensor | None, ...]:
         x_N_I, adapted_O_I, *factors = ctx.saved_tensors
-        As, Bs = factors[0::2], factors[1::2]
+        of_factors = _adapted_backward(grad_N_O, x_N_I, factors[0::2], factors[1::2], ctx.scalings)
         grad_x = grad_N_O @ adapted_O_I if ctx.needs_input_grad[0] else None
-        low_N_R = x_N_I @ torch.cat(As).t()
-        grad_low_N_R = torch.empty_like(low_N_R)
-        grads: list[Tensor] = []
-        out = rank = 0
-        for A, B, scaling in zip(As, Bs, ctx.scalings, strict=True):
-            outs, ranks = slice(out, out := out + len(B)), slice(rank, rank := rank + len(A))
-            grads.append((grad_N_O[:, outs].t() @ low_N_R[:, ranks]).mul_(scaling))
-            torch.mm(grad_N_O[:, outs], B * scaling, out=grad_low_N_R[:, ranks])
-        grad_As = (grad_low_N_R.t() @ x_N_I).split([len(A) for A in As])
-        of_factors = [grad for pair in zip(grad_As, grads, strict=True) for grad in pair]
         return grad_x, None, None, None, *of_factors
+
+
+@scripted
+def _adapted(
+    x_N_I: Tensor,
+    weights: list[Tensor],
+    bias: Optional[Tensor],  # noqa: UP045  (what TorchScript can read)
+    scalings: list[float],
+    As: list[Tensor],
+    Bs: list[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """The outputs, and the weights with their updates added."""
+    adapted_O_I = x_N_I.new_empty([sum([B.size(0) for B in Bs]), x_N_I.size(-1)])
+    out = 0
+    for i in range(len(Bs)):
+        part = adapted_O_I[out : out + Bs[i].size(0)]
+        torch.addmm(weights[i], Bs[i], As[i], alpha=scalings[i], out=part)
+        out += Bs[i].size(0)
+    return F.linear(x_N_I, adapted_O_I, bias), adapted_O_I
+
+
+@scripted
+def _adapted_backward(
+    grad_N_O: Tensor, x_N_I: Tensor, As: list[Tensor], Bs: list[Tensor], scalings: list[float]
+) -> list[Tensor]:
+    """Gradients of A, B, A, B, ..."""
+    low_N_R = x_N_I @ torch.cat(As).t()
+    grad_low_N_R = torch.empty_like(low_N_R)
+    of_Bs: list[Tensor] = []
+    out, rank = 0, 0
+    for i in range(len(As)):
+        grad = grad_N_O[:, out : out + Bs[i].size(0)]
+        of_Bs.append((grad.t() @ low_N_R[:, rank : rank + As[i].size(0)]).mul_(scalings[i]))
+        torch.mm(grad, Bs[i] * scalings[i], out=grad_low_N_R[:, rank : rank + As[i].size(0)])
+        out += Bs[i].size(0)
+        rank += As[i].size(0)
+    of_As = (grad_low_N_R.t() @ x_N_I).split([A.size(0) for A in As])
+    found: list[Tensor] = []
+    for i in range(len(As)):
+        found.append(of_As[i])
+        found.append(of_Bs[i])
+    return found
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up of gate and up side by side: (N, 2 * F) -> (N, F)."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        return _gated(gate_up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _gated_backward(grad, *ctx.saved_tensors)
+
+
+@scripted
+def _gated(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+@scripted
+def _gated_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    sigmoid = torch.sigmoid(gate)
+    silu = gate * sigmoid
+    # silu' = sigmoid + silu * (1 - sigmoid)
+    slope = torch.addcmul(sigmoid + silu, silu, sigmoid, value=-1)
+    of_both = torch.empty_like(gate_up)
+    of_gate, of_up = of_both.chunk(2, dim=-1)
+    torch.mul(slope.mul_(grad), up, out=of_gate)
+    torch.mul(silu, grad, out=of_up)
+    return of_both
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -196,16 +258,26 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        normed, inverse = _normed(x, weight, eps)
         ctx.save_for_backward(x, weight, inverse)
-        return (x * inverse).mul_(weight)
+        return normed
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        x, weight, inverse = ctx.saved_tensors
-        weighted = grad * weight
-        shared = (weighted * x).sum(dim=-1, keepdim=True).mul_(inverse.pow(3)).div_(-x.shape[-1])
-        return weighted.mul_(inverse).addcmul_(x, shared), None, None
+        return _normed_backward(grad, *ctx.saved_tensors), None, None
+
+
+@scripted
+def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    inverse = torch.linalg.vector_norm(x, dim=[-1], keepdim=True).square_().div_(x.size(-1)).add_(eps).rsqrt_()
+    return (x * inverse).mul_(weight), inverse
+
+
+@scripted
+def _normed_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+    weighted = grad * weight
+    shared = (weighted * x).sum(dim=-1, keepdim=True).mul_(inverse.pow(3)).div_(-x.size(-1))
+    return weighted.mul_(inverse).addcmul_(x, shared)
 
 
 class _Rotate(torch.autograd.Function):
@@ -222,11 +294,10 @@ class _Rotate(torch.autograd.Function):
         return _rotated(grad, cos, -sin), None, None
 
 
+@scripted
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = x.shape[-1] // 2
+    half = x.size(-1) // 2
     out = x * cos
     out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
     out[..., half:].addcmul_(x[..., :half], sin[..., half:])
     return out
-
-

@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ from flash.training.advantages import all_equal, spread
 from flash.training.advice import Advisor, StepFacts
 from flash.training.batches import epoch_order
 from flash.training.checkpoints import ADAPTER, Provenance, read_state, write_checkpoint
-from flash.training.optimizer import build_optimizer, out_of_memory
+from flash.training.fitting import MicroBatches, Reduced, with_less
+from flash.training.optimizer import build_optimizer
 from flash.training.policy import build_policy
 from flash.training.reporter import Reporter
 from flash.training.rollouts import Collected, Collector, Group, Limits, Prompt, Stopped
@@ -88,7 +90,7 @@ def train(
         progress = _Progress.resumed(saved.extra)
         reporter.log(f"resuming after step {progress.step}")
 
-    engine = TorchEngine(base)
+    engine = TorchEngine(base, divisor=micro_batch_divisor)
     collector = Collector(
         engine,
         environment,
@@ -99,7 +101,10 @@ def train(
         adapter=policy.name,
         multi_turn=environment.info().multi_turn,
     )
-    updater = Updater(spec, policy, optimizer, micro_batch_divisor=micro_batch_divisor)
+    micro = MicroBatches.planned(
+        spec.recipe, policy, divisor=micro_batch_divisor, before=progress.micro_batches, warn=reporter.warn
+    )
+    updater = Updater(spec, policy, optimizer, micro_batches=micro)
     provenance = Provenance(spec, environment_digest, base.revision)
     pulse = _Pulse(reporter)
     checkpoint, saved_step, stopped = resume_from, progress.step, False
@@ -108,17 +113,15 @@ def train(
     try:
         while progress.step < steps and not stopped:
             try:
-                _step(spec, rows.count, collector, updater, progress, reporter, pulse)
+                _step(spec, rows.count, collector, engine, updater, progress, reporter, pulse)
+                progress.micro_batches = micro.reduced
             except Stopped:
                 stopped = True
-            except (RuntimeError, MemoryError) as error:
-                if clean := out_of_memory(error):
-                    raise clean from error
-                raise
             final = progress.step == steps
             stopped = stopped or (not final and reporter.should_stop())
             due = final or stopped or progress.step % settings.save_every == 0
             if due and progress.step > saved_step:
+                began = time.perf_counter()
                 checkpoint = write_checkpoint(
                     work_dir,
                     step=progress.step,
@@ -129,7 +132,10 @@ def train(
                     extra=asdict(progress),
                 )
                 saved_step = progress.step
-                reporter.checkpoint(checkpoint, step=progress.step, final=final, metrics=progress.metrics)
+                seconds = time.perf_counter() - began
+                reporter.checkpoint(
+                    checkpoint, step=progress.step, final=final, metrics=progress.metrics, seconds=seconds
+                )
     finally:
         collector.close()
         engine.close()
@@ -157,6 +163,7 @@ class _Progress:
     position: int = 0  # in the endless stream of shuffled rows
     too_long: list[int] = field(default_factory=list)  # rows whose prompt leaves no room for max_tokens
     failed_steps: int = 0  # running, with too many dropped groups
+    micro_batches: Reduced | None = None
     advisor: Advisor = field(default_factory=Advisor)
     metrics: dict[str, float] = field(default_factory=dict)  # of the last step, times left out
 
@@ -187,6 +194,7 @@ def _step(
     spec: RunSpec,
     row_count: int,
     collector: Collector,
+    engine: TorchEngine,
     updater: Updater,
     progress: _Progress,
     reporter: Reporter,
@@ -195,7 +203,12 @@ def _step(
     """Samples, scores and updates; raises Stopped, with everything as before, if asked to stop meanwhile."""
     step = progress.step + 1
     opened = _open_prompts(spec, row_count, step, collector, progress.position, set(progress.too_long))
-    collected = collector.collect(opened.prompts, pulse)
+    collected = with_less(
+        partial(collector.collect, opened.prompts, pulse),
+        what=f"sampling for step {step}",
+        shrink=partial(_fewer_samples, engine),
+        warn=reporter.warn,
+    )
     kept = [group for group in collected.groups if group.error is None]
     errors = [*opened.errors, *(group.error for group in collected.groups if group.error is not None)]
 
@@ -217,6 +230,11 @@ def _step(
         reporter.warn(code, text)
     _bound_failures(step, errors, len(kept), progress, reporter)
     reporter.progress()
+
+
+def _fewer_samples(engine: TorchEngine) -> str | None:
+    rows = engine.shrink()
+    return None if rows is None else f"going on with {rows} samples at a time"
 
 
 @dataclass(frozen=True)

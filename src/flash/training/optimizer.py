@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flash.config.run import Recipe
-from flash.errors import FlashError, InvalidInput, OutOfMemory
+from flash.errors import InvalidInput
 
 
 def build_optimizer(parameters: Sequence[nn.Parameter], recipe: Recipe, *, learning_rate: float) -> torch.optim.AdamW:
@@ -81,18 +81,3 @@ def optimizer_step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
-
-
-def out_of_memory(error: Exception) -> FlashError | None:
-    """The clean error for a device out of memory; None for every other error."""
-    text = str(error)
-    cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in text
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or cpu:
-        first = text.splitlines()[0] if text else "the device is out of memory"
-        return OutOfMemory(
-            f"a training step does not fit into memory: {first}",
-            remedy="lower train.max_length or train.lora_rank",
-        )
-    return None
-
-

@@ -19,12 +19,13 @@ from flash.inference.lora import Adapter
 from flash.training.batches import MicroBatch, collate
 from flash.training.forward import Forward, lean_forward, lone_rows_forward, model_forward
 from flash.training.losses import token_logprobs
+from flash.training.recomputing import recompute_layers
 
 _TOLERANCE = (1e-3, 5e-2)  # between hidden states that ought to be equal: in fp32, and in narrower numbers
 NAME = "policy"  # the trained adapter's name on its base
 
 
-@dataclass(frozen=True)
+@dataclass
 class Policy:
     """One base, and the adapter on it that is being trained."""
 
@@ -33,9 +34,19 @@ class Policy:
     forward: Forward
     name: str = NAME
     shares_openings: bool = False  # whether the forward makes use of a batch's `sharing`
+    recomputes: bool = False  # whether backward computes each layer again, to keep less
 
     def parameters(self) -> list[nn.Parameter]:
         return self.adapter.parameters()
+
+    def recompute(self) -> None:
+        """Needs less memory from here on, and more time."""
+        if self.recomputes:
+            return
+        recompute_layers(self.base)
+        if self.shares_openings:  # the lean forward, which calls no layer
+            self.forward, self.shares_openings = model_forward(self.base), False
+        self.recomputes = True
 
     def logprobs(self, batch: MicroBatch, *, temperature: float = 1.0, reference: bool = False) -> Tensor:
         """fp32 log-probabilities (N,) of the batch's trained tokens, under the adapter or the bare base."""

@@ -24,8 +24,11 @@ class Reporter(Protocol):
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None: ...
 
-    def checkpoint(self, folder: Path, *, step: int, final: bool, metrics: Mapping[str, float]) -> None:
-        """A complete checkpoint folder, never written again; returns at once (uploads go on elsewhere)."""
+    def checkpoint(
+        self, folder: Path, *, step: int, final: bool, metrics: Mapping[str, float], seconds: float
+    ) -> None:
+        """A complete checkpoint folder, never written again, and how long training stood still for it; returns at
+        once (uploads go on elsewhere)."""
 
     def evaluation(self, report: EvalReport) -> None: ...
 
@@ -61,10 +64,11 @@ class RecordingReporter:
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         self.reports.append(("metrics", {"step": step, "values": dict(values)}))
 
-    def checkpoint(self, folder: Path, *, step: int, final: bool, metrics: Mapping[str, float]) -> None:
-        self.reports.append(
-            ("checkpoint", {"folder": folder, "step": step, "final": final, "metrics": dict(metrics)})
-        )
+    def checkpoint(
+        self, folder: Path, *, step: int, final: bool, metrics: Mapping[str, float], seconds: float
+    ) -> None:
+        data = {"folder": folder, "step": step, "final": final, "metrics": dict(metrics), "seconds": seconds}
+        self.reports.append(("checkpoint", data))
 
     def evaluation(self, report: EvalReport) -> None:
         self.reports.append(("evaluation", {"report": report}))

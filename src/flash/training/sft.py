@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from flash.config.run import RunSpec
-from flash.environments.protocol import EnvironmentClient, SFTTarget
+from flash.environments.protocol import EnvironmentClient, Rows, SFTTarget
 from flash.errors import FlashError, InvalidInput
 from flash.inference.chat import ChatRenderer, RenderedTarget
 from flash.inference.lanes import balanced
@@ -38,9 +39,11 @@ from flash.training.batches import (
     steps_per_epoch,
 )
 from flash.training.checkpoints import ADAPTER, Provenance, read_state, write_checkpoint
+from flash.training.fitting import MicroBatches, Reduced
 from flash.training.losses import negative_log_likelihood
-from flash.training.optimizer import Gradients, build_optimizer, learning_rate, optimizer_step, out_of_memory
+from flash.training.optimizer import Gradients, build_optimizer, learning_rate, optimizer_step
 from flash.training.policy import Policy, build_policy
+from flash.training.prepared import PreparedRows
 from flash.training.reporter import Reporter
 
 HELD_OUT_SPLIT, HELD_OUT_ROWS = "eval", 200
@@ -68,12 +71,14 @@ def train(
     init_from: Path | None = None,
     micro_batch_divisor: int = 1,
     environment_digest: str = "",
+    kept_rows: Path | None = None,
 ) -> TrainResult:
     """Trains one adapter and leaves its checkpoints under `work_dir/checkpoints`.
 
     `resume_from` is a checkpoint folder of this very run: training goes on as if it had never stopped.
-    `init_from` is an adapter folder, of which only the weights are taken. Raises InvalidInput (rows that
-    can't be trained on), UserCodeError, ModelError and OutOfMemory.
+    `init_from` is an adapter folder, of which only the weights are taken. `kept_rows` is a folder in which the token
+    rows of large datasets are kept for the next run. Raises InvalidInput (rows that can't be trained on),
+    UserCodeError, ModelError and OutOfMemory.
     """
     settings = spec.train
     if spec.recipe.lora_dropout:
@@ -82,7 +87,8 @@ def train(
 
     reporter.phase(Phase.PREPARING_DATA)
     renderer = ChatRenderer(base.tokenizer, thinking=spec.thinking)
-    rows = _training_rows(spec, environment, renderer, reporter, work_dir)
+    prepared = PreparedRows(kept_rows, spec, renderer, environment_digest)
+    rows = _training_rows(spec, environment, renderer, reporter, work_dir, prepared)
     held_out = _held_out_rows(spec, environment, renderer, reporter, work_dir)
 
     weights_from = resume_from / ADAPTER if resume_from else init_from
@@ -101,7 +107,9 @@ def train(
 
     total_steps = _total_steps(spec, len(rows))
     provenance = Provenance(spec, environment_digest, base.revision)
-    budget = max(1, spec.recipe.micro_batch_tokens // micro_batch_divisor)
+    micro = MicroBatches.planned(
+        spec.recipe, policy, divisor=micro_batch_divisor, before=progress.micro_batches, warn=reporter.warn
+    )
     checkpoint = resume_from
 
     reporter.phase(Phase.TRAINING, total_steps=total_steps)
@@ -111,20 +119,21 @@ def train(
         step = progress.step + 1
         indices = batch_indices(len(rows), settings.batch_size, seed=spec.seed, step=step)
         rate = learning_rate(settings.learning_rate, spec.recipe, step=step, total_steps=total_steps)
-        try:
-            loss = _accumulate_gradients(policy, rows, indices, budget, reporter)
-        except (RuntimeError, MemoryError) as error:
-            if clean := out_of_memory(error):
-                raise clean from error
-            raise
+        loss = micro.fitting(
+            partial(_accumulate_gradients, policy, rows, indices, micro, reporter),
+            rows.lengths[indices].tolist(),
+            what=f"step {step}",
+        )
+        differentiated = time.perf_counter()
         norm = optimizer_step(
             optimizer, parameters, rate=rate, max_grad_norm=spec.recipe.max_grad_norm, step=step
         )
+        ended = time.perf_counter()
 
         progress.step = step
         progress.tokens += int(rows.lengths[indices].sum())
         progress.examples += len(indices)
-        seconds = time.perf_counter() - started
+        progress.micro_batches = micro.reduced
         lasting = {
             "loss": loss,
             "learning_rate": rate,
@@ -132,16 +141,27 @@ def train(
             "epoch": progress.examples / len(rows),
             "tokens": float(progress.tokens),
         }
-        tokens_per_s = float(rows.lengths[indices].sum()) / seconds
-        reporter.metrics(step, lasting | {"seconds": seconds, "tokens_per_s": tokens_per_s})
+        passing = {
+            "seconds": ended - started,
+            "seconds_optimizer": ended - differentiated,
+            "tokens_per_s": float(rows.lengths[indices].sum()) / (ended - started),
+        }
+        reporter.metrics(step, lasting | passing)
         reporter.progress()
 
         final = step == total_steps
         stopped = not final and reporter.should_stop()
         if final or stopped or step % settings.save_every == 0:
+            began = time.perf_counter()
             if held_out is not None:
-                lasting["eval_loss"] = _mean_loss(policy, held_out, budget, reporter)
-                reporter.metrics(step, {"eval_loss": lasting["eval_loss"]})
+                lasting["eval_loss"] = micro.fitting(
+                    partial(_mean_loss, policy, held_out, micro, reporter),
+                    held_out.lengths.tolist(),
+                    what="the held-out loss",
+                )
+                seconds = time.perf_counter() - began
+                reporter.metrics(step, {"eval_loss": lasting["eval_loss"], "seconds_held_out": seconds})
+                began = time.perf_counter()
             checkpoint = write_checkpoint(
                 work_dir,
                 step=step,
@@ -149,9 +169,10 @@ def train(
                 optimizer=optimizer,
                 provenance=provenance,
                 metrics=lasting,
-                extra={"tokens": progress.tokens, "examples": progress.examples},
+                extra={name: value for name, value in vars(progress).items() if name != "step"},
             )
-            reporter.checkpoint(checkpoint, step=step, final=final, metrics=lasting)
+            seconds = time.perf_counter() - began
+            reporter.checkpoint(checkpoint, step=step, final=final, metrics=lasting, seconds=seconds)
     return TrainResult(progress.step, checkpoint, stopped)
 
 
@@ -162,6 +183,7 @@ class _Progress:
     step: int = 0
     tokens: int = 0
     examples: int = 0
+    micro_batches: Reduced | None = None
 
 
 def _total_steps(spec: RunSpec, rows: int) -> int:
@@ -186,15 +208,32 @@ def _training_rows(
     renderer: ChatRenderer,
     reporter: Reporter,
     work_dir: Path,
+    prepared: PreparedRows,
 ) -> TokenRows:
-    found = environment.rows(None, limit=spec.train.max_examples or 0)
+    kept = prepared.find()
+    if kept is not None:
+        rows, told = kept
+        found = Rows(told["split"], "", told["count"], tuple(told["warnings"]))
+        tally = _Tally(told["truncated"], told["dropped"], told["without_thinking"], rows[0] if len(rows) else None)
+        reporter.log(f"{len(rows):,} rows as an earlier run prepared them")
+    else:
+        found, tally = environment.rows(None, limit=spec.train.max_examples or 0), _Tally()
+        rendered = _rendered(
+            environment, found.split, found.count, renderer, spec.train.max_length, tally, reporter
+        )
+        rows = TokenRows.write(work_dir / "train.tokens", rendered)
+        counts = {name: getattr(tally, name) for name in ("truncated", "dropped", "without_thinking")}
+        prepared.keep(rows, {"split": found.split, "count": found.count, "warnings": found.warnings, **counts})
+    _tell_of_rows(spec, found, rows, tally, renderer, reporter)
+    return rows
+
+
+def _tell_of_rows(
+    spec: RunSpec, found: Rows, rows: TokenRows, tally: _Tally, renderer: ChatRenderer, reporter: Reporter
+) -> None:
+    """What a person should know of them; raises InvalidInput when none can be trained on."""
     for warning in found.warnings:
         reporter.warn("rows", warning)
-    tally = _Tally()
-    rows = TokenRows.write(
-        work_dir / "train.tokens",
-        _rendered(environment, found.split, found.count, renderer, spec.train.max_length, tally, reporter),
-    )
     limit = spec.train.max_length
     if tally.truncated:
         reporter.warn(
@@ -220,7 +259,6 @@ def _training_rows(
         )
     if tally.example is not None:
         reporter.log(f"one example as it is trained, trained tokens between ⟦ and ⟧:\n{renderer.marked(tally.example)}")
-    return rows
 
 
 def _held_out_rows(
@@ -255,9 +293,8 @@ def _rendered(
     reporter: Reporter,
 ) -> Iterator[RenderedTarget]:
     """Every row of the split that has something to train on, in order."""
-    for start in range(0, count, _ROWS_PER_CALL):
-        indices = range(start, min(start + _ROWS_PER_CALL, count))
-        for index, target in zip(indices, environment.targets(split, indices), strict=True):
+    for indices, targets in _asked_ahead(environment, split, count):
+        for index, target in zip(indices, targets, strict=True):
             whole = renderer.render_target(
                 target.prompt, target.completion, where=f"row {index + 1} of split {split!r}"
             )
@@ -272,6 +309,19 @@ def _rendered(
         reporter.progress()
 
 
+def _asked_ahead(
+    environment: EnvironmentClient, split: str, count: int
+) -> Iterator[tuple[range, Sequence[SFTTarget]]]:
+    """The split's targets in portions; the next one is made by the environment while this one is rendered."""
+    portions = [range(start, min(start + _ROWS_PER_CALL, count)) for start in range(0, count, _ROWS_PER_CALL)]
+    with ThreadPoolExecutor(1, thread_name_prefix="targets") as pool:
+        asked = [pool.submit(environment.targets, split, portion) for portion in portions[:1]]
+        for number, portion in enumerate(portions, start=1):
+            targets = asked.pop().result()
+            asked += [pool.submit(environment.targets, split, after) for after in portions[number : number + 1]]
+            yield portion, targets
+
+
 def _has_thinking(target: SFTTarget) -> bool:
     return any(
         message.get("reasoning_content") or "<think>" in str(message.get("content"))
@@ -284,9 +334,11 @@ def _has_thinking(target: SFTTarget) -> bool:
 
 
 def _accumulate_gradients(
-    policy: Policy, rows: TokenRows, indices: Ints, token_budget: int, reporter: Reporter
+    policy: Policy, rows: TokenRows, indices: Ints, micro: MicroBatches, reporter: Reporter
 ) -> float:
-    """Adds the batch's gradient to the parameters; returns its mean loss per trained token."""
+    """Gives the parameters the batch's gradient; returns its mean loss per trained token."""
+    for parameter in policy.parameters():
+        parameter.grad = None  # of a pass that ran out of memory
     trained = rows.trained_tokens(indices)
 
     def accumulate(share: Sequence[Ints]) -> tuple[Tensor, Gradients]:
@@ -300,13 +352,13 @@ def _accumulate_gradients(
         return total, gradients
 
     total = torch.zeros((), device=policy.base.device)
-    for part, gradients in _on_lanes(policy, accumulate, _shares(policy.base, rows, indices, token_budget)):
+    for part, gradients in _on_lanes(policy, accumulate, _shares(policy.base, rows, indices, micro.tokens)):
         gradients.apply()
         total += part
     return float(total)
 
 
-def _mean_loss(policy: Policy, rows: TokenRows, token_budget: int, reporter: Reporter) -> float:
+def _mean_loss(policy: Policy, rows: TokenRows, micro: MicroBatches, reporter: Reporter) -> float:
     indices = np.arange(len(rows))
     trained = rows.trained_tokens(indices)
 
@@ -319,7 +371,7 @@ def _mean_loss(policy: Policy, rows: TokenRows, token_budget: int, reporter: Rep
             reporter.progress()
         return total
 
-    return float(sum(_on_lanes(policy, loss, _shares(policy.base, rows, indices, token_budget))))
+    return float(sum(_on_lanes(policy, loss, _shares(policy.base, rows, indices, micro.tokens))))
 
 
 def _on_lanes(policy: Policy, work: Callable[[list[Ints]], T], shares: Sequence[list[Ints]]) -> list[T]:

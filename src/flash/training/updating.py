@@ -19,6 +19,7 @@ from flash.errors import InternalError
 from flash.inference.lanes import balanced
 from flash.training.advantages import all_equal, group_advantages
 from flash.training.batches import LEAST_TOKENS, OVERHEAD_TOKENS, MicroBatch, collate, micro_batches
+from flash.training.fitting import MicroBatches
 from flash.training.optimizer import Gradients, learning_rate, optimizer_step
 from flash.training.policy import Policy
 from flash.training.rollouts import Episode, Group
@@ -61,10 +62,11 @@ class Updater:
         policy: Policy,
         optimizer: torch.optim.Optimizer,
         *,
-        micro_batch_divisor: int = 1,
+        micro_batches: MicroBatches | None = None,
         mismatch_limit: float | None = None,
     ) -> None:
-        """`mismatch_limit` (nats a token) is how far sampler and trainer may differ before the run fails."""
+        """`micro_batches` are the recipe's unless given. `mismatch_limit` (nats a token) is how far sampler and trainer
+        may differ before the run fails."""
         assert spec.train.max_tokens and spec.train.kl_penalty_coef is not None
         assert spec.recipe.clip_epsilon is not None and spec.recipe.importance_cap is not None
         self._policy = policy
@@ -79,7 +81,7 @@ class Updater:
         self._mismatch_limit = default_limit if mismatch_limit is None else mismatch_limit
         self._peak_rate = spec.train.learning_rate
         self._total_steps = spec.train.steps or 1
-        self._token_budget = max(1, spec.recipe.micro_batch_tokens // micro_batch_divisor)
+        self._micro_batches = micro_batches or MicroBatches(spec.recipe.micro_batch_tokens)
         # the rollouts' own temperature: the policy that is improved is the one that was sampled
         self._temperature = spec.train.temperature or 1.0
 
@@ -91,24 +93,11 @@ class Updater:
         sampler and trainer disagree beyond rounding, InvalidInput for a gradient that is no number.
         """
         rows = self._rows(groups)
-        normaliser = self._max_tokens * sum(len(group.episodes) for group in groups)
-        totals = Totals()
-        shares = self._shares(rows)
-        references = self._logprobs(shares, reference=True) if self._kl_coef else None
-        work = [
-            partial(self._accumulate, share, references[lane] if references else None, normaliser)
-            for lane, share in enumerate(shares)
-        ]
-        with self._policy.base.adapters.active(self._policy.name):
-            for part, gradients in self._policy.base.lanes.run(work):
-                totals.add(part)
-                gradients.apply()
-        # one episode a group tells how far the policy is from its base, and is the canary when nothing is trained
-        probe = [Row(group.episodes[0], 0.0) for group in groups]
-        if not self._kl_coef:
-            self._measure_kl(probe, totals)
-        if not rows:
-            self._measure_mismatch(probe, totals)
+        totals = self._micro_batches.fitting(
+            partial(self._gradient, rows, groups),
+            [len(row.episode.tokens) for row in rows or self._probes(groups)],
+            what=f"the update of step {step}",
+        )
         mismatch = totals.mismatch / max(totals.tokens, 1)
         self._check_sampler(mismatch)
         rate = learning_rate(self._peak_rate, self._recipe, step=step, total_steps=self._total_steps)
@@ -126,6 +115,34 @@ class Updater:
             "clipped": totals.clipped / max(totals.tokens, 1),
         }
 
+    def _gradient(self, rows: Sequence[Row], groups: Sequence[Group]) -> Totals:
+        """Gives the parameters the step's gradient, and measures on the way."""
+        for parameter in self._parameters:
+            parameter.grad = None  # of a pass that ran out of memory
+        normaliser = self._max_tokens * sum(len(group.episodes) for group in groups)
+        totals = Totals()
+        shares = self._shares(rows)
+        references = self._logprobs(shares, reference=True) if self._kl_coef else None
+        work = [
+            partial(self._accumulate, share, references[lane] if references else None, normaliser)
+            for lane, share in enumerate(shares)
+        ]
+        with self._policy.base.adapters.active(self._policy.name):
+            for part, gradients in self._policy.base.lanes.run(work):
+                totals.add(part)
+                gradients.apply()
+        probes = self._probes(groups)
+        if not self._kl_coef:
+            self._measure_kl(probes, totals)
+        if not rows:
+            self._measure_mismatch(probes, totals)
+        return totals
+
+    def _probes(self, groups: Sequence[Group]) -> list[Row]:
+        """One episode a group: it tells how far the policy is from its base, and is the canary when nothing is
+        trained."""
+        return [Row(group.episodes[0], 0.0) for group in groups]
+
     def _rows(self, groups: Sequence[Group]) -> list[Row]:
         """The episodes to train on: of every group under a penalty, else of those whose rewards differ."""
         return [
@@ -137,17 +154,17 @@ class Updater:
 
     def _shares(self, rows: Sequence[Row]) -> list[list[Batch]]:
         """For each lane its part of the rows, in micro-batches of like length under the token budget."""
-        base = self._policy.base
+        base, tokens = self._policy.base, self._micro_batches.tokens
         # where openings are shared and padding costs nothing, groups stay together; else rows of like length
         by_device = OVERHEAD_TOKENS.get(base.device.type, OVERHEAD_TOKENS["cuda"])
-        overhead = self._token_budget if self._policy.shares_openings else by_device
+        overhead = tokens if self._policy.shares_openings else by_device
         lengths = [len(row.episode.tokens) for row in rows]
         parts = min(base.lanes.count, max(1, sum(lengths) // LEAST_TOKENS))
         return [
             [
                 [rows[part[int(place)]] for place in places]
                 for places in micro_batches(
-                    lengths[part.start : part.stop], token_budget=self._token_budget, overhead_tokens=overhead
+                    lengths[part.start : part.stop], token_budget=tokens, overhead_tokens=overhead
                 )
             ]
             for part in balanced(lengths, parts)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import errno
+import functools
 import json
 import os
 import queue
@@ -24,7 +25,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flash.catalog.catalog import ModelEntry, load_catalog
+import psutil
+
+from flash.catalog.catalog import ModelEntry, flash_home, load_catalog
 from flash.catalog.facts import differences
 from flash.config.run import RunSpec
 from flash.errors import FlashError, InternalError, OutOfMemory, Unavailable
@@ -63,11 +66,15 @@ class ChannelReporter:
         self._report("warning", {"code": code, "text": text})
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        numbers = {name: float(value) for name, value in values.items()}
+        numbers = {name: float(value) for name, value in values.items()} | {"memory_gb": _memory() / 1e9}
         self._report("metrics", {"step": step, "total_steps": self._total_steps, "values": numbers})
         failpoint("trainer.step")
 
-    def checkpoint(self, folder: Path, *, step: int, final: bool, metrics: Mapping[str, float]) -> None:
+    def checkpoint(
+        self, folder: Path, *, step: int, final: bool, metrics: Mapping[str, float], seconds: float
+    ) -> None:
+        values = {"seconds_checkpoint": seconds}
+        self._report("metrics", {"step": step, "total_steps": self._total_steps, "values": values})
         data = {"folder": str(folder), "step": step, "final": final, "metrics": dict(metrics)}
         self._report("checkpoint", data)
         failpoint("trainer.saved")
@@ -99,10 +106,12 @@ def named(error: Exception) -> FlashError:
     """What went wrong as a person will read it; the traceback goes along where the line alone explains nothing."""
     if isinstance(error, FlashError):
         return error
+    from flash.inference.memory import is_out_of_memory
+
     detail = "".join(traceback.format_exception(error))
     if is_full_disk(error):
         return Unavailable(f"the disk is full: {_first_line(error)}", remedy="free space", detail=detail)
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return OutOfMemory(f"the device ran out of memory: {_first_line(error)}", detail=detail)
     return InternalError(f"training failed: {type(error).__name__}: {_first_line(error)}", detail=detail)
 
@@ -160,7 +169,7 @@ def _train(job: Mapping[str, Any], channel: Channel, stop: threading.Event) -> s
     evaluate(
         spec,
         base,
-        TorchEngine(base),
+        TorchEngine(base, divisor=int(job.get("micro_batch_divisor", 1))),
         environment,
         reporter,
         result.checkpoint / ADAPTER,
@@ -193,7 +202,7 @@ def _algorithm(name: str) -> Any:
     if name == "sft":
         from flash.training import sft
 
-        return sft.train
+        return functools.partial(sft.train, kept_rows=flash_home() / "cache" / "rows")
     from flash.training import grpo
 
     return grpo.train
@@ -201,6 +210,8 @@ def _algorithm(name: str) -> Any:
 
 def make_repeatable(seed: int, *, threads: int) -> None:
     """One seed, one thread count and deterministic kernels: two equal jobs take equal steps on one machine."""
+    # what cuBLAS needs to repeat its sums; read once, when a GPU is first used
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import torch
 
     random.seed(seed)
@@ -209,6 +220,14 @@ def make_repeatable(seed: int, *, threads: int) -> None:
         sys.modules["numpy"].random.seed(seed % 2**32)
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def _memory() -> int:
+    """Bytes held now: of a GPU what torch reserves, else of this process in memory."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        return int(torch.cuda.memory_reserved())
+    return int(psutil.Process().memory_info().rss)
 
 
 def _peak_memory(device: str) -> int:
@@ -223,14 +242,6 @@ def _peak_memory(device: str) -> int:
 
 def _path(text: str | None) -> Path | None:
     return Path(text) if text else None
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    import torch
-
-    # A CPU allocation that fails is a plain RuntimeError with one of these texts.
-    texts = ("can't allocate memory", "not enough memory", "CUDA out of memory")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 
 
 def _first_line(error: Exception) -> str:

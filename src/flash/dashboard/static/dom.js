@@ -83,3 +83,8 @@ export function empty(title, ...what) {
 export function code(text) {
   return h("code", null, text);
 }
+
+/** One name and its value in a list of facts (`dl`). */
+export function fact(name, ...value) {
+  return [h("dt", null, name), h("dd", null, value)];
+}

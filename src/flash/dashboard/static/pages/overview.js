@@ -3,11 +3,10 @@
 
 import { get, post } from "../api.js";
 import { Chart } from "../chart.js";
-import { empty, field, fill, h, keep, table } from "../dom.js";
+import { empty, fact, field, fill, h, keep, table } from "../dom.js";
 import { inOrder, titleOf } from "../metrics.js";
 import { environmentLink, link, note, runPath } from "../router.js";
 import { bytes, clock, count, duration, moment, number, usd } from "../text.js";
-import { fact } from "./run.js";
 
 const POINTS = 300;
 const JOINED = { seconds: ["seconds_sampling", "seconds_scoring", "seconds_update"] };

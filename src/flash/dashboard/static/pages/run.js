@@ -2,7 +2,7 @@
 // share (the run's status, asked for while the page is open); the tabs are modules of their own.
 
 import { ApiError, get, post } from "../api.js";
-import { announce, fill, h, keep } from "../dom.js";
+import { announce, fact, fill, h, keep } from "../dom.js";
 import { environmentLink, go, link, runPath } from "../router.js";
 import { ago, count, duration, long, moment, number, prose, shown, usd } from "../text.js";
 
@@ -65,10 +65,6 @@ function header(run) {
 
 function environmentOf(spec) {
   return String(spec.environment.id).split("@")[0];
-}
-
-export function fact(name, ...value) {
-  return [h("dt", null, name), h("dd", null, value)];
 }
 
 function sentence(text) {
