@@ -133,7 +133,7 @@ def trained(machine, submitted) -> str:
     return submitted[0]
 
 
-def until(holds: Callable[[], object], limit_s: float = 60) -> None:
+def until(holds: Callable[[], object], limit_s: float = 180) -> None:
     deadline = time.monotonic() + limit_s
     while not holds():
         assert time.monotonic() < deadline, "waited for too long"
