@@ -16,6 +16,7 @@ from typing import Any
 import layout_table
 import measured
 import messages
+import server_settings
 from typer.testing import CliRunner
 
 from flash.catalog.catalog import PACKAGE_FOLDER, load_catalog
@@ -185,6 +186,7 @@ def filled(page: str) -> str:
 PAGES: dict[str, Callable[[], str]] = {
     "configuration.md": markdown,
     "cli.md": command_line,
+    "server.md": server_settings.page,
     "benchmarks.md": measured.benchmark_page,
     "models.md": lambda: filled("models.md"),
     "performance.md": lambda: filled("performance.md"),

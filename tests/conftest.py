@@ -1,7 +1,8 @@
-"""What tests of several folders share: one Postgres a session, and databases on it that are ready to use."""
+"""What tests of several folders share: one Postgres a session, databases on it that are ready to use, a bucket."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 
 import pytest
@@ -30,4 +31,21 @@ def postgres_database(postgres: Postgres, postgres_at_head: str) -> Iterator[URL
     """The URL of a database of one's own, at head."""
     name = postgres.create(template=postgres_at_head)
     yield postgres.url(name)
+    postgres.drop(name)
+
+
+@pytest.fixture(scope="module")
+def team_backing(postgres: Postgres, postgres_at_head: str) -> Iterator[dict[str, str]]:
+    """What a team's server keeps things in, as variables of its settings: Postgres, and a bucket of moto's."""
+    from torture.bucket import Bucket  # it brings moto along, which takes a second
+
+    name = postgres.create(template=postgres_at_head)
+    with Bucket(random.Random(0)) as bucket:
+        options = {**bucket.options, "read_timeout": "30s"}  # an honest bucket on a busy machine
+        yield {
+            "FLASH_SERVER_DATABASE_URL": str(postgres.url(name)),
+            "FLASH_SERVER_STORE_URL": bucket.url,
+            "FLASH_SERVER_WORKER_STORE": "signed",
+            "FLASH_SERVER_STORE_OPTIONS": ",".join(f"{key}={value}" for key, value in options.items()),
+        }
     postgres.drop(name)

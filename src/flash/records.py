@@ -177,6 +177,10 @@ class ManagedView(Record):
     active_s: float = 0.0             # what it has taken so far: seconds under a worker's lease
     memory_needed_bytes: int | None = None  # the peak, as estimated at submit
     artifact_uri: str | None = None
+    pinned: bool = False              # its files and its log are kept for good
+    kept_until: float | None = None   # when its checkpoints may go; none: it has not ended, or they stay
+    files_removed_at: float | None = None   # they were kept long enough
+    events_removed_at: float | None = None
 
 
 class RunStatus(Record):
@@ -234,6 +238,13 @@ class RetryRequest(Record):
     """Body of `POST /api/runs/{id}/retry`: secrets end with a run, so a new one needs them again."""
 
     secrets: dict[str, str] = Field(default_factory=dict, repr=False)
+
+
+class KeepRequest(Record):
+    """Body of `POST /api/runs/{id}/keep`: for good, for so many days from its end, or (neither) for the server's."""
+
+    pinned: bool = False
+    days: float | None = Field(default=None, ge=0, le=36_500)
 
 
 # --- serving ----------------------------------------------------------------------------------------
@@ -380,7 +391,9 @@ class Claim(Record):
     environment: EnvironmentVersion
     store_url: str
     store_options: dict[str, str] = Field(default_factory=dict, repr=False)  # a bucket's settings, keys included
+    signed: bool = False  # the bucket is reached by addresses that the plane signs; there are no options then
     work_dir: str
+    host_user: str | None = None  # as whom the environment's host runs; none: as the worker itself
     resume_from: Manifest | None = None   # newest verified checkpoint of this run
     init_from: Manifest | None = None     # warm start's source (adapter files only)
     heartbeat_s: float
@@ -407,6 +420,18 @@ class EventBatch(Record):
 
 class EventAck(Record):
     acknowledged: int  # every event with n <= this is stored
+
+
+class SignRequest(Record):
+    """Addresses for objects of the run (or, to read, of the adapter that it starts from)."""
+
+    epoch: int
+    verb: Literal["GET", "HEAD", "PUT"]
+    keys: tuple[str, ...] = Field(min_length=1, max_length=100)
+
+
+class SignAnswer(Record):
+    urls: tuple[str, ...] = Field(repr=False)  # in the order of the keys
 
 
 class CheckpointReport(Record):

@@ -1,9 +1,11 @@
-"""The commands against a real local server, which the first of them starts."""
+"""The commands against a real server: a laptop's, which the first of them starts, and a team's on Postgres and S3."""
 
 from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -20,11 +22,27 @@ def load_environment():
 """
 
 
-@pytest.fixture(scope="module")
-def server_home(tmp_path_factory):
+@pytest.fixture(scope="module", params=["laptop", pytest.param("team", marks=pytest.mark.slow)])
+def server_home(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("served")
+    process = start_team(folder, request.getfixturevalue("team_backing")) if request.param == "team" else None
     yield folder
     local_server.stop(folder)
+    if process is not None:
+        assert process.wait(timeout=60) == 0
+
+
+def start_team(folder: Path, backing: dict[str, str]) -> subprocess.Popen[bytes]:
+    """`flash server start --config`, which stays in the foreground."""
+    config = folder / "server.toml"
+    config.write_text('home = "."\ndevices = []\nlog_to = "file"\n')
+    command = [sys.executable, "-m", "flash.cli.main", "server", "start", "--config", str(config)]
+    process = subprocess.Popen(command, env={**os.environ, **backing})
+    deadline = time.monotonic() + 120
+    while local_server.running(folder) is None:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    return process
 
 
 @pytest.fixture(autouse=True)
@@ -160,6 +178,21 @@ def test_retry_makes_a_new_run_of_a_cancelled_one_and_wants_its_secrets_again(fl
     assert flash("retry", first["run_id"], "--background").stdout.startswith("flash-")
     for run in json.loads(flash("runs", "--json").stdout)["runs"]:
         flash("cancel", run["run_id"])
+
+
+def test_keep_says_how_long(flash, package, config):
+    assert flash("env", "push", "--name", "kept", package).exit_code == 0
+    ask = ("train", config, "--background", "--json", "--set", "environment.id=local/kept")
+    run_id = json.loads(flash(*ask).stdout)["run_id"]
+    assert flash("keep", run_id).stdout == f"{run_id} is kept for good\n"
+    assert json.loads(flash("keep", run_id, "--json").stdout)["managed"]["pinned"] is True
+    assert flash("keep", run_id, "--days", "30").stdout == f"{run_id} is kept for 30 day(s) from its end\n"
+    assert flash("keep", run_id, "--no").stdout == f"{run_id} is kept as long as the server keeps any run\n"
+    assert json.loads(flash("status", run_id, "--json").stdout)["managed"]["pinned"] is False
+    for wrong in (["--no", "--days", "3"], ["--days", "-1"]):
+        assert flash("keep", run_id, *wrong).exit_code != 0
+    assert flash("cancel", run_id).exit_code == 0
+    assert flash("env", "delete", "local/kept", "-y").exit_code == 0
 
 
 def test_login_points_every_command_at_another_server(flash, served, home, monkeypatch):

@@ -1,4 +1,5 @@
-"""A run whose artifacts live in a bucket that fails now and then, and whose worker dies once: it ends `done`."""
+"""A run whose artifacts live in a bucket that fails now and then, and whose worker dies once: it ends `done`,
+whether its worker has the bucket's keys or addresses that the server signs."""
 
 from __future__ import annotations
 
@@ -15,12 +16,14 @@ TRAIN = {**SFT, "epochs": 100, "max_steps": 30, "save_every": 3}
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_run_on_a_failing_bucket(tmp_path):
+@pytest.mark.parametrize("reached_by", ["keys", "signed"])
+def test_a_run_on_a_failing_bucket(tmp_path, reached_by):
     with Bucket(random.Random(5)) as bucket:
         options = ",".join(f"{name}={value}" for name, value in bucket.options.items())
         machine = Machine(
-            tmp_path / "home", FLASH_SERVER_STORE_URL=bucket.url, FLASH_SERVER_STORE_OPTIONS=options
-        )
+            tmp_path / "home", FLASH_SERVER_STORE_URL=bucket.url, FLASH_SERVER_STORE_OPTIONS=options,
+            FLASH_SERVER_WORKER_STORE=reached_by,
+        )  # fmt: skip
         try:
             machine.start()
             machine.push()

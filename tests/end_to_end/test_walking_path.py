@@ -51,7 +51,7 @@ WORDS = ("red", "blue", "green", "grey")
 class Machine:
     """A person's machine: a home, a project folder, and the `flash` command."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, **variables: str) -> None:
         self.home, self.project = root / "home", root / "project"
         (self.project / "echo" / "dataset").mkdir(parents=True)
         (self.project / "echo" / "environment.py").write_text(ENVIRONMENT)
@@ -63,6 +63,7 @@ class Machine:
         hidden = ("FLASH_", "FREESOLO_", "WANDB_")
         self.variables = {key: value for key, value in os.environ.items() if not key.startswith(hidden)}
         self.variables |= {"FLASH_HOME": str(self.home), "FLASH_SERVER_IDLE_EXIT_S": "120", "OMP_NUM_THREADS": "1"}
+        self.variables |= variables
 
     def begin(self, *arguments: object) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -92,9 +93,11 @@ class Machine:
         return found
 
 
-@pytest.fixture(scope="module")
-def machine(tmp_path_factory) -> Iterator[Machine]:
-    machine = Machine(tmp_path_factory.mktemp("machine"))
+@pytest.fixture(scope="module", params=["laptop", pytest.param("team", marks=pytest.mark.slow)])
+def machine(request, tmp_path_factory) -> Iterator[Machine]:
+    """The same with what a laptop keeps things in, and with a team's Postgres and bucket."""
+    backing = request.getfixturevalue("team_backing") if request.param == "team" else {}
+    machine = Machine(tmp_path_factory.mktemp("machine"), **backing)
     yield machine
     machine.flash("server", "stop")
     for process in (left := machine.processes()):
@@ -130,7 +133,7 @@ def trained(machine, submitted) -> str:
     return submitted[0]
 
 
-def until(holds: Callable[[], object], limit_s: float = 60) -> None:
+def until(holds: Callable[[], object], limit_s: float = 180) -> None:
     deadline = time.monotonic() + limit_s
     while not holds():
         assert time.monotonic() < deadline, "waited for too long"

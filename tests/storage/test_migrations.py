@@ -20,7 +20,7 @@ from flash.records import RunState
 from flash.storage import events, identity, migrations, runs, schema
 from flash.storage.database import Database, normal_url
 
-RELEASED = ("0001", "0002", "0003", "0004", "0005", "0006")
+RELEASED = ("0001", "0002", "0003", "0004", "0005", "0006", "0007")
 KEY = "fslo_a-key-of-those-days"
 RUN = "flash-1700000000-0a0b0c0d"
 

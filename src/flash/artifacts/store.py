@@ -17,12 +17,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 from urllib.parse import unquote, urlsplit
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError
-from obstore.store import LocalStore, MemoryStore, from_url
+from obstore.store import AzureStore, GCSStore, LocalStore, MemoryStore, S3Store, from_url
 
 from flash.errors import Conflict, InvalidInput, NotFound, Unavailable
 from flash.failpoints import failpoint
@@ -193,6 +193,19 @@ class Store:
         with self._asking(prefix):
             found = obstore.list_with_delimiter(self._backend, prefix=prefix)
         return sorted(str(each).rstrip("/").rpartition("/")[2] for each in found["common_prefixes"])
+
+    # --- at a distance ------------------------------------------------------------------------------
+
+    @property
+    def signs(self) -> bool:
+        """Whether it can give out addresses: buckets can, folders and memory have none."""
+        return isinstance(self._backend, S3Store | GCSStore | AzureStore)
+
+    def sign(self, verb: Literal["GET", "HEAD", "PUT"], keys: Sequence[str], *, expires_s: float) -> Sequence[str]:
+        """An address for each key, good for that verb and so long, without any key of the bucket's."""
+        with _translated(keys[0] if keys else ""):
+            safe = [_safe(key) for key in keys]
+            return [str(url) for url in obstore.sign(self._backend, verb, safe, timedelta(seconds=expires_s))]
 
     # --- clean-up -----------------------------------------------------------------------------------
 

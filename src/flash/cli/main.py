@@ -39,6 +39,7 @@ COMMANDS = {
     "cancel": Entry("flash.cli.runs", "Cancel a run; its checkpoints stay.", TRAINING),
     "retry": Entry("flash.cli.retry", "Go on from where a failed or cancelled run stopped.", TRAINING),
     "checkpoints": Entry("flash.cli.runs", "List a run's checkpoints.", TRAINING),
+    "keep": Entry("flash.cli.keep", "Keep a run's files for good, or for some days.", TRAINING),
     "export": Entry("flash.cli.export", "Copy an adapter out of the server.", TRAINING),
     "deploy": Entry("flash.cli.deploy", "Serve an adapter behind an OpenAI-compatible API.", SERVING),
     "chat": Entry("flash.cli.chat", "Ask a deployed run.", SERVING),

@@ -29,6 +29,7 @@ from flash.records import (
     EnvironmentVersion,
     Event,
     EventKind,
+    KeepRequest,
     Manifest,
     Record,
     RetryRequest,
@@ -157,6 +158,11 @@ class FlashClient:
         body = RetryRequest(secrets=dict(secrets)).model_dump(mode="json")
         path = f"/api/runs/{_part(run_id)}/retry"
         return self._record(RunStatus, "POST", path, json=body, headers=headers, safe=True)
+
+    def keep(self, run_id: str, *, pinned: bool, days: float | None) -> RunStatus:
+        """How long the run's files are kept after its end."""
+        body = KeepRequest(pinned=pinned, days=days).model_dump(mode="json")
+        return self._record(RunStatus, "POST", f"/api/runs/{_part(run_id)}/keep", json=body, safe=True)
 
     def checkpoints(self, run_id: str) -> list[Checkpoint]:
         """Complete, verified checkpoints, oldest first."""

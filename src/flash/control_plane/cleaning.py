@@ -12,8 +12,10 @@ import shutil
 import time
 
 from flash.artifacts.manifests import adapter_only, manifest_key, object_key
+from flash.control_plane.retaining import expire
 from flash.control_plane.services import Services
 from flash.errors import FlashError
+from flash.launching.accounts import remove_quarters
 from flash.storage import engines, runs
 
 log = logging.getLogger("flash.cleaning")
@@ -32,11 +34,14 @@ class Cleaner:
         if self._last is not None and now - self._last < self._plane.settings.clean_interval_s:
             return
         self._last = now
-        for part in (self._half_written, self._ended_runs, self._ended_engines, self._unknown_runs):
+        for part in (self._expired, self._half_written, self._ended_runs, self._ended_engines, self._unknown_runs):
             try:
                 part()
             except (FlashError, OSError) as error:
                 log.warning("cleaning up is put off: %s", error)
+
+    def _expired(self) -> None:
+        expire(self._plane)
 
     def _half_written(self) -> None:
         self._plane.store.sweep(older_than_s=self._plane.settings.draft_grace_s)
@@ -49,6 +54,7 @@ class Cleaner:
         for run_id in ended:
             _remove_unnamed(plane, run_id)
             shutil.rmtree(plane.settings.home / "work" / run_id, ignore_errors=True)
+            remove_quarters(f"{run_id}.*")
             with plane.database.write() as connection:
                 runs.note_cleaned(connection, run_id, now=plane.clock())
 

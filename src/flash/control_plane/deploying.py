@@ -272,6 +272,7 @@ def _move(plane: Services, caller: Caller, plan: _Plan, *, verified: bool) -> No
     if plan.live == plan.revision:
         return
     with plane.database.write() as connection:
+        runs.manifest_of(connection, plan.revision.run_id, plan.revision.step)  # NotFound: it was kept long enough
         deployments.move(
             connection,
             plan.revision,

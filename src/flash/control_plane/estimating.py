@@ -42,17 +42,20 @@ class Planned:
 
 def reachable(plane: Services) -> list[tuple[str, HardwareClass]]:
     """Each device of the launcher with what is known of it; devices that this machine can't describe are left out."""
-    try:
-        names = plane.launcher.devices()
-    except FlashError:
-        return []
     known = _local_devices()
     found = []
-    for name in names:
+    for name in _devices(plane):
         device = known.get("cpu" if name.startswith("cpu") else name)
         if device is not None:
             found.append((name, _priced(_class_of(device), plane.settings.usd_per_hour)))
     return found
+
+
+def _devices(plane: Services) -> list[str]:
+    try:
+        return plane.launcher.devices()
+    except FlashError:
+        return []
 
 
 def _priced(hardware: HardwareClass, prices: Mapping[str, float]) -> HardwareClass:
@@ -87,20 +90,20 @@ def plan_run(plane: Services, spec: RunSpec, entry: ModelEntry, size: SplitSize 
     try:
         check_fit(spec, entry, classes)
     except ModelError:
-        return Planned(spec, None, unknown, _gpus(classes))
+        return Planned(spec, None, unknown, _gpus(plane))
     fitting = [hardware for hardware in classes if fits(spec, entry, hardware)]
     if not fitting:
-        return Planned(spec, None, unknown, _gpus(classes))
+        return Planned(spec, None, unknown, _gpus(plane))
     found = estimate(spec, entry, min(fitting, key=lambda hardware: hardware.flops), _dataset(size, spec, entry))
     limit = max(settings.wall_clock_min_s, settings.wall_clock_factor * found.limit_base_s)
     if spec.algorithm == "sft" and size is None and not (spec.train.max_examples or spec.train.max_steps):
         limit = max(limit, unknown)  # rows made in code: nobody knows how many
-    return Planned(_sized(spec, entry, fitting), found.document(), limit, _gpus(fitting))
+    return Planned(_sized(spec, entry, fitting), found.document(), limit, _gpus(plane))
 
 
-def _gpus(classes: list[HardwareClass]) -> int:
-    """How many a run takes on devices like these: one, unless it runs on processors."""
-    return int(any(hardware.kind == "gpu" for hardware in classes))
+def _gpus(plane: Services) -> int:
+    """How many a run takes: one, where there are others than processors."""
+    return int(any(not name.startswith("cpu") for name in _devices(plane)))
 
 
 def _sized(spec: RunSpec, entry: ModelEntry, classes: list[HardwareClass]) -> RunSpec:

@@ -75,7 +75,11 @@ class Elected:
 
     def _loop(self) -> None:
         while not self._closed.is_set():
-            self._look()
+            try:
+                self._look()
+            except Exception:  # whatever it was: a server whose thread died here would never lead again
+                log.exception("the look for the lead failed")
+                self._drop()
             self._closed.wait(self._lease_s / 8)
 
     def _look(self) -> None:

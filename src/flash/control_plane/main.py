@@ -31,6 +31,7 @@ from flash.control_plane.server_config import load_server_config, load_settings
 from flash.control_plane.services import Services, open_services
 from flash.control_plane.settings import ServerSettings
 from flash.errors import ConfigError, FlashError, InvalidInput
+from flash.launching.accounts import check_account
 from flash.launching.launcher import Launcher
 from flash.storage import audit, deployments, engines, identity, runs
 
@@ -183,6 +184,10 @@ class Server(uvicorn.Server):
 
 def serve(settings: ServerSettings, *, config: Path | None = None, launcher: Launcher | None = None) -> None:
     """Runs the server of this home until it is told to end, or has been idle for long enough."""
+    if settings.host_user is not None:
+        check_account(settings.host_user)
+        settings.home.mkdir(parents=True, exist_ok=True)
+        settings.home.chmod(0o700)  # whoever made it, and however: all below it is nobody else's
     plane = open_services(settings, launcher=launcher)
     try:
         kept = read_address(settings.home / "server.json")

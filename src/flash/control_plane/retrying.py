@@ -41,6 +41,10 @@ def retry(plane: Services, caller: Caller, run_id: str, secrets: dict[str, str],
             f"{source.id} is {source.state.value}: only a failed or cancelled run can be retried",
             remedy="submit its config again for another run" if source.state.terminal else "cancel it first, or wait",
         )
+    if source.collected_at is not None:
+        raise Conflict(
+            f"{source.id} ended long ago and its files are gone", remedy="submit its config again for another run"
+        )
     config, _ = parse_config(source.config, catalog=load_catalog(plane.settings.home))
     check_secrets(config, secrets)
     now = plane.clock()
@@ -73,6 +77,8 @@ def retry(plane: Services, caller: Caller, run_id: str, secrets: dict[str, str],
             if known is not None:
                 return Submitted(known, created=False)
         check_caps(connection, caller, estimate=new.estimate, gpus=new.gpus)
+        if runs.get_run(connection, source.id).collected_at is not None:
+            raise Conflict(f"{source.id} ended long ago and its files are gone", remedy="submit its config again")
         runs.insert_run(connection, new, now=now, run_id=new_id)
         if taken is not None:
             # Epoch 0: no attempt of this run brought it.

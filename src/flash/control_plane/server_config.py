@@ -23,7 +23,7 @@ PREFIX = "FLASH_SERVER_"
 _SECRET = frozenset({"database_url", "store_options", "github_token"})
 _PATHS = ("home", "vault_key_file")
 # What a server with a config file is: not a laptop's. The file and the environment may say otherwise.
-_TEAM: dict[str, Any] = {"idle_exit_s": 0.0, "log_to": "stderr"}
+TEAM: dict[str, Any] = {"idle_exit_s": 0.0, "log_to": "stderr"}
 
 
 def variable(name: str) -> str:
@@ -45,7 +45,7 @@ def load_server_config(path: Path, environment: Mapping[str, str] = os.environ) 
     for name in _PATHS:
         if isinstance(document.get(name), str):
             document[name] = folder / Path(document[name]).expanduser()
-    values = {**_TEAM, "home": flash_home(), **document, **_from_environment(environment)}
+    values = {**TEAM, "home": flash_home(), **document, **_from_environment(environment)}
     settings = _validated(values, environment, path)
     return settings.model_copy(update={"home": settings.home.absolute()})
 

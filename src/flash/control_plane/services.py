@@ -48,6 +48,11 @@ class Services:
         self.database.on_commit(self.followers.notify)
         self.readiness = Readiness(self.database, self.store, self.stopping)
 
+    @property
+    def signs_for_workers(self) -> bool:
+        """Whether workers reach the bucket by signed addresses rather than with its keys."""
+        return self.settings.worker_store == "signed" and self.store.signs
+
     def close(self) -> None:
         self.followers.close()
         self.database.close()

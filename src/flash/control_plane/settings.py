@@ -15,6 +15,7 @@ from sqlalchemy.engine import URL
 from flash.environments.references import GitHub
 from flash.records import Phase
 from flash.storage.database import normal_url
+from flash.storage.retention import DAY_S, Times
 
 # Seconds without progress before an attempt counts as stalled. Installing packages and loading a large model
 # report little; a training step or an upload reports often.
@@ -82,6 +83,11 @@ class ServerSettings(BaseModel):
     """A bucket's settings by obstore's names (`endpoint`, `region`, `access_key_id`, `secret_access_key`, …); what
     they leave out comes from the provider's own variables (`AWS_…`)."""
 
+    worker_store: Literal["keys", "signed"] = "keys"
+    """How workers reach a bucket. `keys`: with `store_options`, so as the server does, in parts of any size.
+    `signed`: by addresses that the server signs, good for one object of their own run each; an object is 5 GB at most
+    then, and goes in one piece."""
+
     vault_key_file: Path | None = None
     """The 32 bytes under which secrets are sealed; every server of one database needs the same. Left out: `vault.key`
     in `home`, made when it is missing."""
@@ -120,6 +126,11 @@ class ServerSettings(BaseModel):
     usd_per_hour: dict[str, float] = Field(default_factory=dict)
     """What an hour costs, by a device's name as `flash gpus` shows it, or for all as `gpu` or `cpu`. Budgets of keys
     go by it; left out, one's own hardware costs nothing."""
+
+    host_user: str | None = Field(default=None, min_length=1)
+    """The user of the operating system as whom environments run, with what `environment.pip` names: what people bring
+    is kept from the server's files and keys, its workers and other runs. Server and workers have to be root for it.
+    Left out: environments run as the server does."""
 
     # --- Workers: leases, patience, retries
 
@@ -295,6 +306,12 @@ class ServerSettings(BaseModel):
             deadline_s=self.github_deadline_s,
             allow_private=self.github_allow_private,
         )
+
+    @property
+    def times(self) -> Times:
+        """How long things are kept, in seconds."""
+        days = (self.keep_state_days, self.keep_files_days, self.keep_events_days, self.keep_audit_days)
+        return Times(*(None if each is None else each * DAY_S for each in days))
 
     @property
     def vault_key(self) -> Path:

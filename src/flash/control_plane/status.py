@@ -202,8 +202,18 @@ def run_status(
             active_s=run.active_s,
             memory_needed_bytes=run.estimate["memory_bytes"] if run.estimate else None,
             artifact_uri=f"{store_url.rstrip('/')}/runs/{run.id}",
+            pinned=run.pinned,
+            kept_until=kept_until(run, settings),
+            files_removed_at=run.collected_at,
+            events_removed_at=run.silenced_at,
         ),
     )
+
+
+def kept_until(run: RunRow, settings: ServerSettings) -> float | None:
+    """When an ended run's files may go; None: it has not ended, or they stay."""
+    own = run.ttl_s if run.ttl_s is not None else settings.times.files_s
+    return None if run.finished_at is None or run.pinned or own is None else run.finished_at + own
 
 
 def run_summary(run: RunRow) -> RunSummary:

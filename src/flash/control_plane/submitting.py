@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sqlalchemy import Connection
 
@@ -60,7 +60,7 @@ def submit(plane: Services, caller: Caller, request: SubmitRequest, key: str | N
             if known is not None:
                 return Submitted(known, created=False)
         if fetched:
-            version = record_fetched(connection, caller, fetched, now)
+            version = record_fetched(connection, caller, fetched)
         else:
             version = pin_environment(connection, caller, config)
         source = find_source(connection, caller, config)
@@ -93,6 +93,8 @@ def submit(plane: Services, caller: Caller, request: SubmitRequest, key: str | N
             runs.record_submission(
                 connection, org=caller.org, key=key, body_mac=mac, run_id=run_id, now=now
             )
+    if fetched and fetched.data is not None:
+        put_archive(plane, fetched.sha256, fetched.data)
     plane.wake.set()
     return Submitted(run_id, created=True)
 
@@ -148,6 +150,7 @@ class Fetched:
     sha256: str
     size: int
     files: tuple[str, ...]
+    data: bytes | None = field(default=None, repr=False)  # None: it was in the store already
 
     @property
     def namespace(self) -> str:
@@ -192,14 +195,24 @@ def fetch_environment(plane: Services, caller: Caller, config: RunConfig) -> Fet
     finally:
         plane.fetches.release()
     package = found.package
-    key = environment_key(package.sha256)
-    if plane.store.size(key) != package.size:
-        plane.store.put_bytes(key, package.data)
-    return Fetched(at_commit(ref, found.commit), package.sha256, package.size, package.files)
+    put_archive(plane, package.sha256, package.data)
+    return Fetched(at_commit(ref, found.commit), package.sha256, package.size, package.files, package.data)
 
 
-def record_fetched(connection: Connection, caller: Caller, fetched: Fetched, now: float) -> EnvironmentVersion:
+def put_archive(plane: Services, sha256: str, archive: bytes) -> None:
+    """Puts an environment's archive into the store unless it is there. Once more after the record of it is made:
+    until then it was nobody's, and the same content of before may have gone meanwhile."""
+    key = environment_key(sha256)
+    if plane.store.size(key) != len(archive):
+        plane.store.put_bytes(key, archive)
+
+
+def record_fetched(connection: Connection, caller: Caller, fetched: Fetched) -> EnvironmentVersion:
     """The record that a run of a fetched environment pins."""
+    if fetched.data is None and (
+        environments.kept(connection, org=caller.org, namespace=fetched.namespace, name=fetched.name) is None
+    ):
+        raise Unavailable("the environment's files were just removed", remedy="submit again: they are fetched anew")
     return environments.keep(
         connection,
         org=caller.org,
@@ -233,8 +246,10 @@ def find_source(connection: Connection, caller: Caller, config: RunConfig) -> Ad
             raise InvalidInput(f"{problem}: that step has no checkpoint", remedy=remedy)
     elif run.state is not RunState.DONE:
         raise InvalidInput(f"{problem}: the run is {run.state.value}, without a final adapter", remedy=remedy)
+    elif (final := next((found.step for found in reversed(checkpoints) if found.final), None)) is None:
+        raise InvalidInput(f"{problem}: the run's files were kept long enough and are gone", remedy="train it again")
     else:
-        step = next(found.step for found in reversed(checkpoints) if found.final)
+        step = final
     train = run.spec["train"]
     return AdapterSource(
         run_id=run.id,

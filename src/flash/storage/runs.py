@@ -84,6 +84,7 @@ class RunRow(PricedRow):
     pinned: bool = False
     ttl_s: float | None = None
     collected_at: float | None = None
+    silenced_at: float | None = None
 
 
 @dataclass(frozen=True)
@@ -272,6 +273,21 @@ def count_by_state(connection: Connection, *, org: str) -> dict[str, int]:
     query = select(table.c.state, func.count()).where(table.c.org_id == org).group_by(table.c.state)
     counted = {str(state): int(count) for state, count in connection.execute(query)}
     return {state.value: counted.get(state.value, 0) for state in RunState}
+
+
+def count_everyones(connection: Connection) -> dict[tuple[str, str], int]:
+    """Runs by org and state, of every org."""
+    table = schema.runs
+    query = select(table.c.org_id, table.c.state, func.count()).group_by(table.c.org_id, table.c.state)
+    return {(str(org), str(state)): int(count) for org, state, count in connection.execute(query)}
+
+
+def oldest_queued(connection: Connection) -> float | None:
+    """When the run that is queued longest was submitted."""
+    table = schema.runs
+    query = select(func.min(table.c.created_at)).where(table.c.state == RunState.QUEUED.value)
+    found = connection.execute(query).scalar()
+    return None if found is None else float(found)
 
 
 def transition(

@@ -112,7 +112,10 @@ environment_versions = Table(
     Column("deleted_at", Double),
 )
 
+# Indexes of what is still to be done, which stay small however many runs there were.
 _UNCLEANED = text("cleaned_at IS NULL")
+_UNCOLLECTED = text("collected_at IS NULL")
+_UNSILENCED = text("silenced_at IS NULL")
 
 runs = Table(
     "runs",
@@ -156,12 +159,15 @@ runs = Table(
     Column("pinned", Boolean, nullable=False, server_default=false()),
     Column("ttl_s", Double),  # of its files after its end; none: the server's
     Column("collected_at", Double),  # when its time was over and its checkpoints went
+    Column("silenced_at", Double),  # when its events went
     Index("runs_by_org", "org_id", "created_at", "id"),
     Index("runs_by_state", "state", "created_at", "id"),
+    Index("runs_by_org_and_state", "org_id", "state"),
     Index("runs_by_key", "key_id"),
     Index("runs_by_source", "init_run_id"),
     Index("runs_by_environment", "environment_sha256"),
-    Index("runs_by_end", "finished_at"),
+    Index("runs_uncollected", "finished_at", sqlite_where=_UNCOLLECTED, postgresql_where=_UNCOLLECTED),
+    Index("runs_unsilenced", "finished_at", sqlite_where=_UNSILENCED, postgresql_where=_UNSILENCED),
     Index("runs_uncleaned", "finished_at", sqlite_where=_UNCLEANED, postgresql_where=_UNCLEANED),
 )
 
@@ -246,6 +252,7 @@ checkpoints = Table(
     Column("manifest_sha256", String(64), nullable=False),
     Column("manifest", Json, nullable=False),
     Column("has_state", Boolean, nullable=False),
+    Index("checkpoints_with_state", "run_id", sqlite_where=text("has_state = 1"), postgresql_where=text("has_state")),
 )
 
 submissions = Table(

@@ -29,6 +29,8 @@ from flash.records import (
     Heartbeat,
     HeartbeatAnswer,
     Record,
+    SignAnswer,
+    SignRequest,
 )
 from flash.worker.settings import WorkerSettings
 
@@ -98,6 +100,10 @@ class WorkerApi:
 
     def report_checkpoint(self, report: CheckpointReport) -> None:
         self._post("checkpoints", report)
+
+    def sign(self, request: SignRequest) -> tuple[str, ...]:
+        """An address in the bucket for each key."""
+        return SignAnswer.model_validate_json(self._post("urls", request).content).urls
 
     def finish(self, finish: Finish) -> None:
         self._post("finish", finish)

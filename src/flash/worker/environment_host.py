@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import faulthandler
 import os
 import queue
@@ -42,6 +43,7 @@ from flash.environments.protocol import (
 )
 from flash.errors import FlashError, InternalError, UserCodeError
 from flash.failpoints import failpoint
+from flash.launching.accounts import Account
 from flash.worker.channel import Channel, ChannelClosed, Frame
 
 # --- the client in the trainer ----------------------------------------------------------------------
@@ -108,6 +110,7 @@ PASSED_ON = (
 MODULE = "flash.worker.environment_host"
 TAG = "ENVIRONMENT_HOST_TAG"  # marks a host's descendants, so that those which left its group are found too
 OutputHandler = Callable[[str, str], None]
+_PR_SET_NO_NEW_PRIVS = 38
 
 
 def base_environment(home: Path) -> dict[str, str]:
@@ -136,6 +139,7 @@ class HostSpec:
     contract: str | None = None
     python: str = sys.executable
     bounds: HostBounds = field(default_factory=HostBounds)
+    account: Account | None = None  # as whom it runs; then `work_dir` is theirs, with `home` and `tmp` in it
 
 
 class EnvironmentHost:
@@ -281,21 +285,28 @@ class _HostProcess:
         self._excess: str | None = None  # which bound it broke
         self._status: int | None = None
         home = spec.work_dir / "home"
-        home.mkdir(parents=True, exist_ok=True)
+        confined: list[str] = []
+        variables = {**base_environment(home), "CUDA_VISIBLE_DEVICES": "", **spec.variables, TAG: self._tag}
+        if spec.account is None:
+            home.mkdir(parents=True, exist_ok=True)
+        else:
+            confined = ["--confined"]
+            variables["TMPDIR"] = str(spec.work_dir / "tmp")
         ours, theirs = socket.socketpair()
-        command = [spec.python, "-P", "-s", "-X", "faulthandler", "-m", MODULE, "--fd", str(theirs.fileno())]
+        command = [spec.python, "-P", "-s", "-X", "faulthandler", "-m", MODULE, "--fd", str(theirs.fileno()), *confined]
         try:
             self._process = subprocess.Popen(
                 command,
                 cwd=spec.folder,
-                env={**base_environment(home), "CUDA_VISIBLE_DEVICES": "", **spec.variables, TAG: self._tag},
+                env=variables,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
+                **(spec.account.popen if spec.account else {}),
             )
-        except OSError as error:
+        except (OSError, subprocess.SubprocessError) as error:
             ours.close()
             raise InternalError(f"the environment host can't be started: {error}") from None
         finally:
@@ -450,6 +461,12 @@ def _prefer_for_memory() -> None:
     """When memory runs out, the kernel should stop this process and not the trainer (Linux)."""
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("900")
+
+
+def _renounce_privileges() -> None:
+    """No set-user-id program, such as sudo, gives this process or its children any right (Linux)."""
+    if sys.platform == "linux" and ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "the environment host can't be confined")
 
 
 def _kill_group(pid: int) -> None:
@@ -633,8 +650,12 @@ def _close_quietly(fd: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--fd", type=int, required=True)
-    fd = parser.parse_args().fd
+    parser.add_argument("--confined", action="store_true", help="no program that it starts gains rights (Linux)")
+    arguments = parser.parse_args()
+    fd = arguments.fd
     os.set_inheritable(fd, False)
+    if arguments.confined:
+        _renounce_privileges()
     make_random_per_thread()
     _prefer_for_memory()
     _Server(socket.socket(fileno=fd)).serve()

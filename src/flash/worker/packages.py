@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from flash.errors import FlashError, InternalError, InvalidInput, Unavailable
+from flash.launching.accounts import Account
 from flash.worker.environment_host import base_environment
 
 INSTALL_TIMEOUT_S = 900.0
@@ -37,11 +38,14 @@ def prepare(
     cache_dir: str | Path,
     timeout_s: float = INSTALL_TIMEOUT_S,
     on_output: Callable[[str], None] = lambda line: None,
+    account: Account | None = None,
 ) -> str:
     """The Python to run an environment host with: this one, or an overlay's with the requirements installed.
 
-    An overlay that is there already is used as it is; one that another run is building is waited for. Raises
-    InvalidInput for a requirement that can't be met, Unavailable when the package index can't be reached.
+    An overlay that is there already is used as it is; one that another run is building is waited for. With an
+    `account` pip runs as them and `cache_dir` is theirs, for one attempt: packages run code when they are built, and
+    nobody else should have to trust what they left. Raises InvalidInput for a requirement that can't be met,
+    Unavailable when the package index can't be reached.
     """
     wanted = [requirement.strip() for requirement in requirements]
     if not wanted:
@@ -51,6 +55,9 @@ def prepare(
     constraints = _constraints()
     folder = Path(cache_dir).resolve() / _key(wanted, constraints)
     python = folder / "bin" / "python"
+    if account is not None:
+        _build(account.folder(folder.parent) / folder.name, wanted, constraints, timeout_s, on_output, account)
+        return str(python)
     if (folder / COMPLETE).is_file():
         return str(python)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +65,8 @@ def prepare(
         if not (folder / COMPLETE).is_file():
             shutil.rmtree(folder, ignore_errors=True)
             try:
-                _build(folder, wanted, constraints, timeout_s, on_output)
+                _build(folder, wanted, constraints, timeout_s, on_output, None)
+                (folder / COMPLETE).touch()
             except BaseException:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
@@ -98,20 +106,25 @@ def _build(
     constraints: list[str],
     timeout_s: float,
     on_output: Callable[[str], None],
+    account: Account | None,
 ) -> None:
     # pip of the base installs into the overlay: an overlay's own pip and setuptools would shadow newer ones.
     base_has_pip = importlib.util.find_spec("pip") is not None
     create = [sys.executable, "-m", "venv", *(["--without-pip"] if base_has_pip else []), str(folder)]
     home = folder.with_suffix(".home")
     home.mkdir(exist_ok=True)
+    if account is not None:
+        account.give(home)
     try:
-        status, output = _run(create, home, timeout_s, lambda line: None)
+        status, output = _run(create, home, timeout_s, lambda line: None, account)
         if status != 0:
             raise InternalError("the environment's virtual environment can't be created", detail=output)
         _let_base_show_through(folder)
         files = {"requirements.txt": wanted, "constraints.txt": constraints}
         for name, lines in files.items():
             (folder / name).write_text("".join(f"{line}\n" for line in lines))
+        if account is not None:
+            account.give(folder)
         install = [
             *([sys.executable, "-m", "pip", "--python"] if base_has_pip else []),
             str(folder / "bin" / "python"),
@@ -119,12 +132,11 @@ def _build(
             "install", "--no-input", "--disable-pip-version-check", "--progress-bar", "off", "--retries", "2",
             "-c", str(folder / "constraints.txt"), "-r", str(folder / "requirements.txt"),
         ]  # fmt: skip
-        status, output = _run(install, home, timeout_s, on_output)
+        status, output = _run(install, home, timeout_s, on_output, account)
         if status != 0:
             raise _failure(output, wanted)
     finally:
         shutil.rmtree(home, ignore_errors=True)
-    (folder / COMPLETE).touch()
 
 
 def _let_base_show_through(folder: Path) -> None:
@@ -134,7 +146,9 @@ def _let_base_show_through(folder: Path) -> None:
     (packages / "_training_stack.pth").write_text("".join(lines))
 
 
-def _run(command: list[str], home: Path, timeout_s: float, on_output: Callable[[str], None]) -> tuple[int, str]:
+def _run(
+    command: list[str], home: Path, timeout_s: float, on_output: Callable[[str], None], account: Account | None
+) -> tuple[int, str]:
     """Runs a command in a group of its own; its status, and the end of what it said."""
     pip_settings = {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
     for config in (Path.home() / ".config/pip/pip.conf", Path.home() / ".pip/pip.conf"):
@@ -151,6 +165,7 @@ def _run(command: list[str], home: Path, timeout_s: float, on_output: Callable[[
         text=True,
         errors="replace",
         start_new_session=True,
+        **(account.popen if account else {}),
     )
     expired = threading.Event()
 

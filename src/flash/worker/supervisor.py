@@ -31,6 +31,7 @@ from typing import Any
 import psutil
 
 from flash.artifacts.manifests import Damaged, fetch_checkpoint
+from flash.artifacts.signed import SignedStore
 from flash.artifacts.store import Store, credentials
 from flash.catalog.catalog import flash_home
 from flash.config.run import RunSpec
@@ -51,7 +52,8 @@ from flash.errors import (
 from flash.failpoints import ONCE as FAILED_ONCE
 from flash.failpoints import VARIABLE as FAILPOINTS
 from flash.failpoints import failpoint
-from flash.records import Claim, EventKind, FailureKind, Finish, Manifest, Phase
+from flash.launching.accounts import account_of, remove_quarters
+from flash.records import Claim, EventKind, FailureKind, Finish, Manifest, Phase, SignRequest
 from flash.redaction import Redactor
 from flash.worker.api import WorkerApi, persist
 from flash.worker.channel import Frame
@@ -207,6 +209,7 @@ class Supervisor:
         self._held_phase: dict[str, Any] | None = None
         self._shown_phase: dict[str, Any] | None = None
         self._host: EnvironmentHost | None = None
+        self._has_quarters = False               # a folder of the host's user, outside the work folder
         self._trainer: TrainerProcess | None = None
         self._uploader: Uploader | None = None
         self._sinks: list[AttemptSink] = []
@@ -288,7 +291,7 @@ class Supervisor:
         """Everything else that runs beside the main loop: uploads, trainer, environment."""
         claim, settings = self._claim, self._settings
         self._spec = RunSpec.model_validate(claim.spec)
-        self._store = Store(claim.store_url, claim.store_options)
+        self._store = self._open_store(claim)
         uploader = Uploader(
             self._store,
             self._api,
@@ -323,6 +326,13 @@ class Supervisor:
         self._in_background("environment", self._prepare_environment)
         self._in_background("job", lambda: self._send_job(threads))
 
+    def _open_store(self, claim: Claim) -> Store:
+        if not claim.signed:
+            return Store(claim.store_url, claim.store_options)
+        return SignedStore(
+            lambda verb, keys: self._api.sign(SignRequest(epoch=claim.epoch, verb=verb, keys=tuple(keys)))
+        )
+
     def _marks(self) -> dict[str, str]:
         """What every process of the attempt inherits: its mark and, in tests, where to die."""
         points = {name: self._environ[name] for name in (FAILPOINTS, FAILED_ONCE) if name in self._environ}
@@ -351,14 +361,24 @@ class Supervisor:
     def _prepare_environment(self) -> None:
         """Archive, folder, packages, host: in this order, and ready once user code is imported."""
         archive = self._patiently(self._api.environment_archive)
-        folder = self._work_dir / "environment"
+        account, root, cache_dir, work_dir = None, self._work_dir, flash_home() / "cache" / "environments", None
+        if self._claim.host_user is not None:
+            account = account_of(self._claim.host_user)
+            for epoch in range(1, self._claim.epoch):  # of attempts that were killed
+                remove_quarters(f"{self._claim.run_id}.{epoch}")
+            self._has_quarters = True
+            root = account.quarters(self._start.attempt_id)
+            cache_dir, work_dir = root / "packages", account.folder(root / "work")
+            for name in ("home", "tmp"):
+                account.folder(work_dir / name)
+        folder = root / "environment"
         shutil.rmtree(folder, ignore_errors=True)
         unpack(archive, folder)
+        if account is not None:
+            account.give(folder)
         self._pulse.advance()
         section = self._spec.environment
-        python = prepare(
-            section.pip, cache_dir=flash_home() / "cache" / "environments", on_output=self._package_output
-        )
+        python = prepare(section.pip, cache_dir=cache_dir, on_output=self._package_output, account=account)
         self._pulse.advance()
         declared = {name: self._claim.secrets[name] for name in section.secrets if name in self._claim.secrets}
         intakes = {
@@ -368,11 +388,12 @@ class Supervisor:
         host = EnvironmentHost(
             HostSpec(
                 folder=folder,
-                work_dir=self._work_dir,
+                work_dir=work_dir or self._work_dir,
                 params=section.params,
                 variables={**self._spec.worker_env, **declared, **self._marks()},
                 python=python,
                 bounds=self._bounds(),
+                account=account,
             ),
             on_output=lambda stream, line: _feed_line(intakes[stream], line),
         )
@@ -697,6 +718,8 @@ class Supervisor:
             closing.join(1)  # it waits while a host is loading, which the kill below ends
         while (children := self._kill_children()) and time.monotonic() < deadline:
             psutil.wait_procs(children, timeout=0.5)
+        if self._has_quarters:
+            remove_quarters(self._start.attempt_id)
 
 
 def _feed_line(intake: LogIntake, line: str) -> None:

@@ -13,6 +13,7 @@ from starlette.concurrency import run_in_threadpool
 from flash.artifacts.manifests import environment_key
 from flash.control_plane.auth import Me, Plane
 from flash.control_plane.services import Services
+from flash.control_plane.submitting import put_archive
 from flash.environments.package import inspect
 from flash.errors import InvalidInput, PackageError
 from flash.records import EnvironmentVersion
@@ -59,11 +60,9 @@ def _push(plane: Services, me: Caller, namespace: str, name: str, archive: bytes
     if "environment.py" not in files:
         raise PackageError("the archive has no environment.py at its root")
     sha256 = hashlib.sha256(archive).hexdigest()
-    key = environment_key(sha256)
-    if plane.store.size(key) != len(archive):
-        plane.store.put_bytes(key, archive)
+    put_archive(plane, sha256, archive)
     with plane.database.write() as connection:
-        return environments.push(
+        version = environments.push(
             connection,
             org=me.org,
             namespace=namespace,
@@ -73,6 +72,8 @@ def _push(plane: Services, me: Caller, namespace: str, name: str, archive: bytes
             files=files,
             now=plane.clock(),
         )
+    put_archive(plane, sha256, archive)
+    return version
 
 
 @router.get("")

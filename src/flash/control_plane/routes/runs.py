@@ -26,6 +26,7 @@ from flash.records import (
     Checkpoint,
     Event,
     EventKind,
+    KeepRequest,
     Manifest,
     RetryRequest,
     RunState,
@@ -33,7 +34,7 @@ from flash.records import (
     RunSummary,
     SubmitRequest,
 )
-from flash.storage import events, runs
+from flash.storage import events, retention, runs
 from flash.storage.identity import Caller
 
 router = APIRouter(prefix="/api/runs", tags=["runs"])
@@ -134,6 +135,16 @@ def retry(
         response.status_code = 200
     with plane.database.read() as connection:
         return _status(plane, connection, runs.get_run(connection, done.run_id, org=me.org))
+
+
+@router.post("/{run_id}/keep")
+def keep(run_id: str, body: KeepRequest, me: Me, plane: Plane) -> RunStatus:
+    """How long the run's files are kept after its end."""
+    with plane.database.write() as connection:
+        run = runs.get_run(connection, run_id, org=me.org)
+        ttl_s = None if body.days is None else body.days * retention.DAY_S
+        retention.keep(connection, run.id, pinned=body.pinned, ttl_s=ttl_s)
+        return _status(plane, connection, runs.get_run(connection, run.id))
 
 
 @router.get("/{run_id}/events")

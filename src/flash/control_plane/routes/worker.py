@@ -11,14 +11,14 @@ from fastapi import APIRouter, Response
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Connection
 
-from flash.artifacts.manifests import environment_key
+from flash.artifacts.manifests import environment_key, object_key
 from flash.control_plane import checkpoints
 from flash.control_plane.auth import EngineHost, Plane, Worker, WorkerIdentity, require_live
 from flash.control_plane.engines import record_heartbeat
 from flash.control_plane.reconciler import last_beat, progress_of
 from flash.control_plane.redacting import redacted_events, redacted_finish, redacted_manifest, redactor_for
 from flash.control_plane.services import Services
-from flash.errors import Conflict
+from flash.errors import Conflict, Forbidden, InvalidInput
 from flash.failpoints import failpoint
 from flash.records import (
     AttemptState,
@@ -30,6 +30,8 @@ from flash.records import (
     Finish,
     Heartbeat,
     HeartbeatAnswer,
+    SignAnswer,
+    SignRequest,
 )
 from flash.serving.hello import EngineAnswer, EngineHeartbeat
 from flash.storage import environments, runs
@@ -38,6 +40,7 @@ router = APIRouter(prefix="/worker/attempts/{attempt_id}", tags=["worker"])
 engine_router = APIRouter(prefix="/worker/engines/{engine_id}", tags=["worker"])
 
 RUNNING = (AttemptState.RUNNING,)
+SIGNED_S = 3600.0  # how long an address is good: for a large object on a thin line
 
 
 class ClaimRequest(BaseModel):
@@ -84,8 +87,10 @@ def claim(body: ClaimRequest, worker: Worker, plane: Plane) -> Claim:
         secrets=secrets,
         environment=version,
         store_url=plane.store.url,
-        store_options=plane.store.options,
+        store_options={} if plane.signs_for_workers else plane.store.options,
+        signed=plane.signs_for_workers,
         work_dir=attempt.work_dir,
+        host_user=plane.settings.host_user,
         resume_from=resume,
         init_from=init,
         heartbeat_s=plane.settings.heartbeat_s,
@@ -195,6 +200,21 @@ def _last_word(body: Finish, attempt: runs.AttemptRow) -> dict[str, Any]:
 
 def _has_final(connection: Connection, run_id: str) -> bool:
     return any(found.final for found in runs.checkpoints_of(connection, run_id))
+
+
+@router.post("/urls")
+def urls(body: SignRequest, worker: Worker, plane: Plane) -> SignAnswer:
+    """Addresses in the bucket: to write below the run's own prefix, to read there and in the adapter it starts from."""
+    with plane.database.read() as connection:
+        _live(connection, worker, body.epoch)
+        init = checkpoints.find_init(connection, runs.get_run(connection, worker.run_id))
+    if not plane.signs_for_workers:
+        raise InvalidInput("this store has no addresses to sign", remedy="this worker has its settings instead")
+    given = {object_key(init.run_id, file.sha256) for file in init.files} if init and body.verb != "PUT" else set()
+    for key in body.keys:
+        if not key.startswith(f"runs/{worker.run_id}/") and key not in given:
+            raise Forbidden(f"{key!r:.200} is none of {worker.run_id}'s objects")
+    return SignAnswer(urls=tuple(plane.store.sign(body.verb, body.keys, expires_s=SIGNED_S)))
 
 
 @router.get("/environment", response_class=Response)

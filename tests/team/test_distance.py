@@ -1,0 +1,237 @@
+"""Workers at a distance: no key of the bucket's, addresses for their own run's objects alone, broken uploads."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.team.test_retention import DAYS, Made, World, name
+from tests.team.worlds import Team
+from torture.bucket import Bucket
+
+from flash.artifacts.manifests import (
+    Damaged,
+    fetch_checkpoint,
+    manifest_key,
+    object_key,
+    read_manifest,
+    verify,
+    write_checkpoint,
+)
+from flash.artifacts.signed import SignedStore
+from flash.artifacts.store import Store, credentials
+from flash.errors import Conflict, InvalidInput, NotFound, Unavailable
+from flash.records import Manifest, ManifestFile, RunState
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[Bucket]:
+    with Bucket(random.Random(3)) as bucket:
+        yield bucket
+
+
+@pytest.fixture
+def distant(open_team: Callable[..., Team], bucket: Bucket, tmp_path: Path) -> Team:
+    url = f"{bucket.url}/{tmp_path.name}"
+    return open_team(store_url=url, store_options=bucket.options, worker_store="signed", devices=("cpu", "cpu:1"))
+
+
+def launched(team: Team, key: str, **train: Any) -> tuple[str, dict[str, str]]:
+    """A run with its worker's way in."""
+    run_id = team.run(key, "acme", **train)
+    team.settle()
+    return run_id, {"Authorization": f"Bearer {team.launcher.requests[f'{run_id}.1'].token}"}
+
+
+def test_a_claim_brings_no_key_of_the_bucket(distant: Team, bucket: Bucket):
+    key = distant.key("acme")
+    distant.push(key, "acme")
+    run_id, worker = launched(distant, key)
+    claim = distant.http.post(f"/worker/attempts/{run_id}.1/claim", json={"pid": 7}, headers=worker)
+    assert claim.status_code == 200 and claim.json()["signed"] and claim.json()["store_options"] == {}
+    asked = {"epoch": 1, "verb": "PUT", "keys": [object_key(run_id, "a" * 64)]}
+    urls = distant.http.post(f"/worker/attempts/{run_id}.1/urls", json=asked, headers=worker)
+    assert urls.status_code == 200
+    for secret in credentials(bucket.options):
+        if secret != bucket.options["access_key_id"]:  # whose key has signed is no secret
+            assert secret not in urls.text
+        assert secret not in claim.text
+
+
+def test_addresses_are_for_a_workers_own_objects_alone(distant: Team):
+    key = distant.key("acme")
+    distant.push(key, "acme")
+    mine, worker = launched(distant, key)
+    other, others = launched(distant, key)
+    for run_id, token in ((mine, worker), (other, others)):
+        path = f"/worker/attempts/{run_id}.1/claim"
+        assert distant.http.post(path, json={"pid": 7}, headers=token).status_code == 200
+
+    def ask(verb: str, *keys: str, epoch: int = 1, headers: dict[str, str] = worker) -> int:
+        body = {"epoch": epoch, "verb": verb, "keys": keys}
+        return int(distant.http.post(f"/worker/attempts/{mine}.1/urls", json=body, headers=headers).status_code)
+
+    own = object_key(mine, "a" * 64)
+    for verb in ("GET", "HEAD", "PUT"):
+        assert ask(verb, own, manifest_key(mine, 3)) == 200
+        strange = (
+            object_key(other, "a" * 64), manifest_key(other, 3), "environments/x.tar.gz", "runs", f"runs/{mine}x/y",
+        )  # fmt: skip
+        for stranger in strange:
+            assert ask(verb, stranger) == 403, stranger
+            assert ask(verb, own, stranger) == 403, "one among one's own"
+        for crooked in (f"runs/{mine}/../{other}/objects/x", f"runs/{mine}/", f"runs/{mine}//x", f"runs/{mine}/./x"):
+            assert ask(verb, crooked) == 422, crooked
+    assert ask("DELETE", own) == 422
+    assert ask("PUT", own, epoch=2) == 409
+    assert ask("PUT", own, headers=others) == 401
+    assert ask("PUT", own, headers={}) == 401
+    assert ask("PUT", own, headers={"Authorization": f"Bearer {key}"}) == 401
+    assert distant.call(key, "POST", f"/api/runs/{mine}/cancel").status_code == 200
+    finish = {"epoch": 1, "outcome": "cancelled"}
+    assert distant.http.post(f"/worker/attempts/{mine}.1/finish", json=finish, headers=worker).is_success
+    assert ask("PUT", own) in (401, 409), "an ended attempt writes no more"
+
+
+def test_the_adapter_that_a_run_starts_from_may_be_read_and_not_written(distant: Team):
+    world = World(distant)
+    source = Made(name(), RunState.DONE, 0.0, world.environment("e", deleted_days=None))
+    world.add(source, 1)
+    distant.plane.clock = distant.plane.database.clock
+    key = distant.key("beta")
+    with distant.plane.database.write() as connection:
+        connection.exec_driver_sql("UPDATE api_keys SET org_id = 'acme' WHERE org_id = 'beta'")
+    distant.push(key, "acme")
+    run_id, worker = launched(distant, key, init_from_adapter=source.run_id)
+    path = f"/worker/attempts/{run_id}.1"
+    assert distant.http.post(f"{path}/claim", json={"pid": 7}, headers=worker).status_code == 200
+    [manifest] = source.checkpoints
+    for file in manifest.files:
+        for verb, allowed in (("GET", file.path.startswith("adapter/")), ("PUT", False)):
+            body = {"epoch": 1, "verb": verb, "keys": [object_key(source.run_id, file.sha256)]}
+            answer = distant.http.post(f"{path}/urls", json=body, headers=worker)
+            assert answer.status_code == (200 if allowed else 403), (verb, file.path)
+
+
+# --- the bucket by addresses ------------------------------------------------------------------------------
+
+
+def signed(bucket: Bucket, prefix: str, *, silence_s: float = 2.0) -> tuple[SignedStore, Store, list[str]]:
+    """A store by addresses, the same with keys, and what was signed."""
+    behind, asked = Store(f"{bucket.url}/{prefix}", {**bucket.options, "read_timeout": "30s"}), []
+
+    def sign(verb: Any, keys: Any) -> Any:
+        asked.append(f"{verb} {' '.join(keys)}")
+        return behind.sign(verb, keys, expires_s=60)
+
+    return SignedStore(sign, silence_s=silence_s), behind, asked
+
+
+def folder_of(root: Path, size: int) -> Path:
+    for path, bytes_ in (("adapter/weights", os.urandom(size)), ("adapter/empty", b""), ("state/a", os.urandom(9))):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(bytes_)
+    return root
+
+
+def test_it_keeps_a_stores_promises(bucket: Bucket, tmp_path: Path):
+    store, behind, _ = signed(bucket, tmp_path.name)
+    folder = folder_of(tmp_path / "made", 9 << 20)
+    manifest, sha256 = write_checkpoint(store, "r", 3, folder, False, {})
+    assert (manifest, sha256) == read_manifest(store, "r", 3) == read_manifest(behind, "r", 3)
+    verify(behind, manifest, digests=True)
+    assert write_checkpoint(store, "r", 3, folder_of(tmp_path / "other", 9), False, {})[1] == sha256, "the first stays"
+    fetch_checkpoint(store, manifest, tmp_path / "back")
+    assert (tmp_path / "back/adapter/weights").read_bytes() == (folder / "adapter/weights").read_bytes()
+    store.put_bytes("runs/r/one", b"1", create=True)
+    with pytest.raises(Conflict):
+        store.put_bytes("runs/r/one", b"2", create=True)
+    assert store.size("runs/r/none") is None
+    with pytest.raises(NotFound):
+        store.get_bytes("runs/r/none")
+    for refused in (store.delete, store.list, store.folders):
+        with pytest.raises(InvalidInput):
+            refused("runs/r")
+
+
+def test_an_upload_that_breaks_off_is_tried_again_and_is_whole(bucket: Bucket, tmp_path: Path):
+    """A third of all requests go wrong, answers of successful ones among them; one whole checkpoint comes of it."""
+    store, behind, asked = signed(bucket, tmp_path.name)
+    folder = folder_of(tmp_path / "made", 2 << 20)
+    failures = 0
+    bucket.rate = 0.34
+    try:
+        for step in range(1, 7):
+            while True:
+                try:
+                    manifest, sha256 = write_checkpoint(store, "r", step, folder_of(folder, 300_000), step == 6, {})
+                    break
+                except Unavailable as error:
+                    assert "\n" not in str(error) and "Signature" not in str(error)
+                    failures += 1  # the uploader comes back to it
+            bucket.rate, rate = 0.0, bucket.rate
+            assert read_manifest(behind, "r", step) == (manifest, sha256)
+            if "truncated" in bucket.injected:
+                try:
+                    verify(behind, manifest, digests=True)
+                except Damaged:  # seen by size or digest: never taken for whole
+                    manifest, _ = write_checkpoint(store, "r", step, folder, step == 6, {})
+            verify(behind, manifest, digests=True)
+            bucket.rate = rate
+    finally:
+        bucket.rate = 0.0
+    assert len(set(bucket.injected)) >= 4 and failures < 20
+    assert len(asked) > len(set(asked)), "some were asked for again"
+
+
+def test_bytes_that_are_others_are_noticed(bucket: Bucket, tmp_path: Path):
+    store, behind, _ = signed(bucket, tmp_path.name)
+    manifest, _ = write_checkpoint(store, "r", 1, folder_of(tmp_path / "made", 1000), True, {})
+    file: ManifestFile = next(file for file in manifest.files if file.size == 1000)
+    behind.put_bytes(object_key("r", file.sha256), os.urandom(1000))
+    with pytest.raises(Damaged):
+        fetch_checkpoint(store, manifest, tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+def test_a_bucket_that_is_away_is_told_in_a_line(bucket: Bucket, tmp_path: Path):
+    store = SignedStore(lambda verb, keys: ["http://127.0.0.1:9/x?X-Amz-Signature=canary" for _ in keys])
+    with pytest.raises(Unavailable) as told:
+        store.put_bytes("runs/r/x", b"1")
+    assert "runs/r/x" in str(told.value) and "canary" not in str(told.value) and "\n" not in str(told.value)
+
+
+# --- keeping, on a bucket ---------------------------------------------------------------------------------
+
+
+def test_what_was_kept_long_enough_leaves_the_bucket(open_team: Callable[..., Team], bucket: Bucket, tmp_path: Path):
+    url = f"{bucket.url}/{tmp_path.name}"
+    team = open_team(
+        **DAYS, store_url=url, store_options=bucket.options, clean_interval_s=0.0, work_grace_s=0.0
+    )
+    world = World(team)
+    environment = world.environment("kept", deleted_days=None)
+    states = (RunState.DONE, RunState.DONE, RunState.DONE, RunState.FAILED)
+    old, pinned, source, built_upon = (Made(name(), state, 9.0, environment) for state in states)
+    pinned.pinned, built_upon.source, built_upon.age_days = True, source, 1.0
+    for made in (old, pinned, source, built_upon):
+        world.add(made, 2)
+    world.rounds()
+
+    def left(made: Made) -> set[str]:
+        return set(team.plane.store.list(f"runs/{made.run_id}"))
+
+    def named(manifest: Manifest, *, state: bool) -> set[str]:
+        files = [file for file in manifest.files if state or file.path.startswith("adapter/")]
+        keys = {object_key(manifest.run_id, file.sha256) for file in files}
+        return keys | {manifest_key(manifest.run_id, manifest.step)}
+
+    assert left(old) == set()
+    for made, state in ((pinned, True), (source, False), (built_upon, True)):
+        assert left(made) == set().union(*(named(manifest, state=state) for manifest in made.checkpoints))
