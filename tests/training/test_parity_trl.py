@@ -17,6 +17,7 @@ from flash.inference.chat import ChatRenderer
 from flash.inference.loading import BaseModel
 from flash.inference.lora import save_adapter
 from flash.training.batches import TokenRows, collate
+from flash.training.fitting import MicroBatches
 from flash.training.policy import Policy, build_policy
 from flash.training.reporter import RecordingReporter
 from flash.training.sft import _accumulate_gradients
@@ -105,7 +106,7 @@ def test_tokens_log_probabilities_loss_and_gradients_are_trls(policy, rows, trai
     for budget in (1 << 20, 64):  # one micro-batch, and one for each row
         for parameter in policy.parameters():
             parameter.grad = None
-        ours_loss = _accumulate_gradients(policy, rows, order, budget, RecordingReporter())
+        ours_loss = _accumulate_gradients(policy, rows, order, MicroBatches(budget), RecordingReporter())
         assert ours_loss == pytest.approx(loss.item(), abs=1e-5)
         assert_same_gradients(policy, trainer.model)
 
@@ -127,7 +128,7 @@ def test_a_whole_run_of_updates_stays_with_trl(policy, rows, trainer) -> None:
     theirs = torch.optim.AdamW(theirs_parameters, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
     for step in range(5):
         chosen = np.asarray([(step + k) % len(CHATS) for k in range(3)])
-        _accumulate_gradients(policy, rows, chosen, 1 << 20, RecordingReporter())
+        _accumulate_gradients(policy, rows, chosen, MicroBatches(1 << 20), RecordingReporter())
         optimizer_step(ours, policy.parameters(), rate=1e-3, max_grad_norm=1.0, step=step)
         batch = trainer.data_collator([trainer.train_dataset[int(i)] for i in chosen])
         trainer.compute_loss(trainer.model, dict(batch)).backward()
