@@ -224,7 +224,7 @@ def test_a_profile_says_where_the_time_went(machine, trained, tmp_path):
     status, phases = machine.status(trained), [span for span in spans if span["cat"] == "phase"]
     attempt = status["attempts"][0]
     claimed = sum(span["dur"] for span in phases if span["name"] != "launching")
-    assert claimed == pytest.approx(1e6 * (attempt["ended_at"] - attempt["started_at"]), abs=1e5)
+    assert claimed == pytest.approx(1e6 * (attempt["ended_at"] - attempt["started_at"]), abs=1e6)
     for span in spans:  # a step is as long as its parts, and about as long as it was measured
         if span["cat"] == "step":
             parts = [each for each in spans if each["cat"] == "part of a step" and each["ts"] >= span["ts"]]
