@@ -107,7 +107,7 @@ def machine(request, tmp_path_factory) -> Iterator[Machine]:
 
 @pytest.fixture(scope="module")
 def submitted(machine) -> list[str]:
-    """Two runs, submitted at once; the first is left to train, the second is cancelled."""
+    """Two runs, submitted at once: that which gets the device first, left to train, and the other one, cancelled."""
     machine.flash("env", "push", "--name", "echo", "echo")
     machine.flash("server", "stop")  # so that both submits find none and start it together
     arguments = ("train", "echo.toml", "--background", "--json", "--set", "train.max_steps=4", "--seed")
@@ -116,8 +116,11 @@ def submitted(machine) -> list[str]:
     assert [process.returncode for process in both] == [0, 0], answers
     runs = [json.loads(out) for out, _ in answers]
     assert all(run["state"] in ("queued", "provisioning", "running") for run in runs)
-    machine.flash("cancel", runs[1]["run_id"])
-    return [run["run_id"] for run in runs]
+    ids = [run["run_id"] for run in runs]
+    until(lambda: any(machine.status(run_id)["state"] != "queued" for run_id in ids))
+    ids.sort(key=lambda run_id: machine.status(run_id)["state"] == "queued")
+    machine.flash("cancel", ids[1])
+    return ids
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +134,9 @@ def trained(machine, submitted) -> str:
     assert f"flash status {submitted[0]} -f" in err
     machine.flash("status", submitted[0], "-f")  # exit code 0: it ended done
     return submitted[0]
+
+
+OPEN = ("queued", "provisioning", "running")
 
 
 def until(holds: Callable[[], object], limit_s: float = 180) -> None:
@@ -164,7 +170,8 @@ def test_a_trained_run_tells_everything(machine, trained):
 
 
 def test_a_run_cancelled_before_it_began_is_over(machine, submitted):
-    until(lambda: machine.status(submitted[1])["state"] == "cancelled")
+    until(lambda: machine.status(submitted[1])["state"] not in OPEN)
+    assert machine.status(submitted[1])["state"] == "cancelled", machine.status(submitted[1])
     machine.flash("status", submitted[1], "-f", code=1)
 
 
