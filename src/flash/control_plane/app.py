@@ -98,6 +98,7 @@ def create_app(
     for routes in (server, runs, environments, deployments, openai, metrics, worker, dashboard, admin):
         app.include_router(routes.router)
     app.include_router(worker.engine_router)
+    app.include_router(worker.launch_router)
     app.add_exception_handler(FlashError, _flash_error)
     app.add_exception_handler(RequestValidationError, _invalid_request)
     app.add_exception_handler(HTTPException, _http_error)

@@ -6,12 +6,13 @@ the audit log.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from fastapi import Depends, Header, Request
 
 from flash.control_plane.services import Services
+from flash.control_plane.tickets import open_ticket
 from flash.errors import Conflict, Forbidden, Unauthorized
 from flash.records import AttemptState, EngineState
 from flash.storage import engines, identity, runs
@@ -104,6 +105,21 @@ def _engine(plane: Plane, token: Bearer, engine_id: str) -> engines.EngineRow:
 
 
 EngineHost = Annotated[engines.EngineRow, Depends(_engine)]
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A worker that was launched with a ticket; whether anybody still waits for it is checked by the route."""
+
+    worker_id: str
+    token: str = field(repr=False)
+
+
+def _launched(plane: Plane, ticket: Bearer, worker_id: str) -> Launched:
+    return Launched(worker_id, open_ticket(plane.vault, worker_id, ticket))
+
+
+Ticket = Annotated[Launched, Depends(_launched)]
 
 
 def require_live(attempt: runs.AttemptRow, epoch: int, *, states: tuple[AttemptState, ...]) -> None:

@@ -160,8 +160,9 @@ def _overdue(engine: EngineSnapshot, settings: ServerSettings) -> str | None:
 
 
 def shares(device: str, settings: ServerSettings) -> bool:
-    """Whether a run and an engine may be on this device together; a GPU's memory belongs to one of them."""
-    return settings.share_cpu and device.partition(":")[0] == "cpu"
+    """Whether a run and an engine may be on this device together; a GPU's memory belongs to one of them, and a place on
+    a cluster to one job."""
+    return settings.share_cpu and settings.launcher == "local" and device.partition(":")[0] == "cpu"
 
 
 def yielding(

@@ -41,11 +41,12 @@ class Planned:
 
 
 def reachable(plane: Services) -> list[tuple[str, HardwareClass]]:
-    """Each device of the launcher with what is known of it; devices that this machine can't describe are left out."""
-    known = _local_devices()
+    """Each device of the launcher with what is known of it; devices of which nothing is are left out."""
+    names, far = _devices(plane), _described(plane)
+    known = _local_devices() if far is None else far
     found = []
-    for name in _devices(plane):
-        device = known.get("cpu" if name.startswith("cpu") else name)
+    for name in names:
+        device = known.get("cpu" if far is None and name.startswith("cpu") else name)
         if device is not None:
             found.append((name, _priced(_class_of(device), plane.settings.usd_per_hour)))
     return found
@@ -56,6 +57,15 @@ def _devices(plane: Services) -> list[str]:
         return plane.launcher.devices()
     except FlashError:
         return []
+
+
+def _described(plane: Services) -> dict[str, Device] | None:
+    """By name what the launcher says of its own devices. None: they are this machine's."""
+    try:
+        found = plane.launcher.describe()
+    except FlashError:
+        return {}
+    return None if found is None else {device.name: device for device in found}
 
 
 def _priced(hardware: HardwareClass, prices: Mapping[str, float]) -> HardwareClass:
@@ -72,8 +82,8 @@ def _local_devices() -> dict[str, Device]:
 
 
 def _class_of(device: Device) -> HardwareClass:
-    if device.name in ("cpu", "mps"):  # nobody has measured an Apple GPU, and a run may fall back to its processor
-        return cpu_class(memory=device.memory, cores=os.cpu_count() or 1, name=device.kind)
+    if not device.name.startswith("cuda"):  # nobody has measured an Apple GPU; a run may fall back to its processor
+        return cpu_class(memory=device.memory, cores=device.cores or os.cpu_count() or 1, name=device.kind)
     return gpu_like(device.kind, device.memory)
 
 

@@ -20,7 +20,7 @@ from flash.control_plane.settings import ServerSettings
 from flash.errors import ConfigError, InvalidInput
 
 PREFIX = "FLASH_SERVER_"
-_SECRET = frozenset({"database_url", "store_options", "github_token"})
+_SECRET = frozenset({"database_url", "store_options", "github_token", "ray_token"})
 _PATHS = ("home", "vault_key_file")
 # What a server with a config file is: not a laptop's. The file and the environment may say otherwise.
 TEAM: dict[str, Any] = {"idle_exit_s": 0.0, "log_to": "stderr"}

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from flash.artifacts.store import Store
 from flash.control_plane.counting import Requests
@@ -16,9 +17,11 @@ from flash.control_plane.readiness import Readiness
 from flash.control_plane.settings import ServerSettings
 from flash.control_plane.stopwatches import Stopwatches
 from flash.control_plane.tailing import Tails
+from flash.control_plane.tickets import seal_ticket
 from flash.control_plane.traffic import Traffic
 from flash.launching.launcher import Launcher
 from flash.launching.local import LocalLauncher
+from flash.launching.ray import RayLauncher
 from flash.storage.database import Database
 from flash.storage.vault import Vault
 
@@ -64,17 +67,34 @@ def open_services(
     """Opens (and at first makes) everything under the settings' home."""
     settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
     database = Database(settings.database)
+    vault = Vault.open(settings.vault_key)
     watches = stopwatches or Stopwatches()
     return Services(
         settings=settings,
         database=database,
         store=Store(settings.store, settings.store_options),
-        vault=Vault.open(settings.vault_key),
-        launcher=launcher or LocalLauncher(settings.home / "work", devices=settings.devices),
+        vault=vault,
+        launcher=launcher or _launcher(settings, vault),
         stopwatches=watches,
         traffic=Traffic(watches, settings.max_requests),
         fetches=threading.BoundedSemaphore(settings.github_fetches),
         lead=Elected(database.url, settings.leader_lease_s) if database.shared else Alone(),
         clock=database.clock,
         api_url=settings.worker_url or f"http://{settings.host}:{settings.port}",
+    )
+
+
+def _launcher(settings: ServerSettings, vault: Vault) -> Launcher:
+    if settings.launcher == "local":
+        return LocalLauncher(settings.home / "work", devices=settings.devices)
+    return RayLauncher(
+        settings.ray_address or "",
+        settings.ray_token.get_secret_value() if settings.ray_token else None,
+        owner=vault.mac(b"ray")[:16],  # the same for every server of this database, and for no other's
+        ticket=partial(seal_ticket, vault),
+        cpus=settings.ray_cpus,
+        kinds=settings.devices,
+        pip=settings.ray_pip,
+        timeout_s=settings.ray_timeout_s,
+        lost_s=settings.ray_lost_s,
     )

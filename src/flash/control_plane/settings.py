@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator
 from sqlalchemy.engine import URL
@@ -29,6 +30,11 @@ STALL_S: dict[str, float] = {
     Phase.UPLOADING.value: 1800.0,
     Phase.FINISHED.value: 300.0,
 }
+
+
+def _on_this_machine(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
+    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 class ServerSettings(BaseModel):
@@ -120,8 +126,12 @@ class ServerSettings(BaseModel):
 
     # --- Devices and prices
 
+    launcher: Literal["local", "ray"] = "local"
+    """Where workers and engines run: `local`, on this machine's devices; `ray`, on the nodes of a Ray cluster."""
+
     devices: tuple[str, ...] | None = None
-    """What runs are placed on, e.g. `["cuda:0", "cuda:1"]`. Left out: what the machine has."""
+    """What runs are placed on, e.g. `["cuda:0", "cuda:1"]`. Left out: what the machine has. With `launcher = "ray"`
+    kinds: `["cuda"]`, `["cpu"]` or both; left out, GPUs if a node has any, else CPUs."""
 
     usd_per_hour: dict[str, float] = Field(default_factory=dict)
     """What an hour costs, by a device's name as `flash gpus` shows it, or for all as `gpu` or `cpu`. Budgets of keys
@@ -131,6 +141,28 @@ class ServerSettings(BaseModel):
     """The user of the operating system as whom environments run, with what `environment.pip` names: what people bring
     is kept from the server's files and keys, its workers and other runs. Server and workers have to be root for it.
     Left out: environments run as the server does."""
+
+    # --- A Ray cluster
+
+    ray_address: str | None = Field(default=None, validate_default=True, pattern="^https?://[^/]+")
+    """The head's dashboard, which takes jobs, e.g. `http://ray-head:8265`. `worker_url` has to be set too, unless the
+    head is on this machine."""
+
+    ray_token: SecretStr | None = None
+    """The cluster's `RAY_AUTH_TOKEN`."""
+
+    ray_cpus: int = Field(default=4, ge=1)
+    """CPUs of a worker on a node without GPUs; such a node has as many places as that goes into its CPUs."""
+
+    ray_pip: tuple[str, ...] = ()
+    """What Ray installs for a worker before it starts, e.g. `["flash-lora[train]==0.1.0"]`. Left out: the nodes have
+    Flash already, as their image does. It counts into `claim_timeout_s`."""
+
+    ray_timeout_s: float = Field(default=5.0, gt=0)
+    """For each request to the head."""
+
+    ray_lost_s: float = Field(default=15.0, ge=0)
+    """A worker whose job a restarted head does not know counts as dead after so long."""
 
     # --- Workers: leases, patience, retries
 
@@ -283,6 +315,24 @@ class ServerSettings(BaseModel):
     def _no_switch_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
             raise ValueError("must not be true or false")
+        return value
+
+    @field_validator("devices")
+    @classmethod
+    def _kinds_on_a_cluster(cls, value: tuple[str, ...] | None, info: ValidationInfo) -> tuple[str, ...] | None:
+        if info.data.get("launcher") == "ray" and set(value or ()) - {"cuda", "cpu"}:
+            raise ValueError('with launcher = "ray" it names kinds, "cuda" and "cpu"')
+        return value
+
+    @field_validator("ray_address")
+    @classmethod
+    def _reachable_both_ways(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if info.data.get("launcher") != "ray":
+            return value
+        if value is None:
+            raise ValueError('launcher = "ray" needs it: the address of the head\'s dashboard, e.g. http://ray-head:8265')
+        if info.data.get("worker_url") is None and not _on_this_machine(value):
+            raise ValueError("its nodes have to reach this server: set worker_url, to an address that they can ask")
         return value
 
     @field_validator("stall_s")

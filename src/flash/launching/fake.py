@@ -26,6 +26,9 @@ class FakeLauncher:
     def devices(self) -> list[str]:
         return list(self._devices)
 
+    def describe(self) -> None:
+        return None
+
     def launch(self, request: LaunchRequest) -> str:
         if self.refusal is not None:
             raise self.refusal

@@ -26,6 +26,7 @@ class Device:
     name: str
     kind: str
     memory: int
+    cores: int = 0  # of a CPU, as far as an attempt may use them; 0: this machine's
 
 
 def local_devices() -> list[Device]:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
 
+from flash.launching.hardware import Device
+
 
 @dataclass(frozen=True)
 class LaunchRequest:
@@ -44,6 +46,9 @@ class Launcher(Protocol):
     def devices(self) -> list[str]:
         """What this launcher can place workers on, e.g. ["cpu"] or ["cuda:0", "cuda:1"]; who may share one is
         the control plane's to say."""
+
+    def describe(self) -> list[Device] | None:
+        """What is known of its devices, those of which nothing is left out. None: they are this machine's."""
 
     def launch(self, request: LaunchRequest) -> str:
         """Starts a worker and returns its handle. Idempotent by its id."""

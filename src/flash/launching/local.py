@@ -55,6 +55,9 @@ class LocalLauncher:
             self._devices = [found.name for found in local_devices()]
         return list(self._devices)
 
+    def describe(self) -> None:
+        return None
+
     def launch(self, request: LaunchRequest) -> str:
         with self._lock:
             found = self._find(request.attempt_id)

@@ -41,6 +41,7 @@ class EngineHello(Record):
     revision: str | None = None
     device: str
     work_dir: str
+    bind: str = "127.0.0.1"         # the address of its machine that it serves on
     store_url: str
     store_options: dict[str, str] = Field(default_factory=dict, repr=False)  # a bucket's settings, keys included
     cache_dir: str                  # adapters' files, shared by every host of this machine

@@ -1,4 +1,5 @@
-"""The engine host: a process that holds one base and serves its adapters over HTTP on loopback.
+"""The engine host: a process that holds one base and serves its adapters over HTTP, on loopback or on the address
+that it is told.
 
 `python -P -m flash.serving.host` reads one line of JSON, an `EngineHello`, from standard input. It owns the order
 of things: beat, load the base, serve, drain, end. What is served and how is `app`'s; when to end is `link`'s.
@@ -166,9 +167,9 @@ async def _serve(
         timeout_graceful_shutdown=_FLUSH_S,
     )
     server = uvicorn.Server(config)
-    listening = socket.socket()
-    listening.bind(("127.0.0.1", 0))
-    url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    listening = socket.create_server((hello.bind, 0), family=_family(hello.bind))
+    shown = f"[{hello.bind}]" if ":" in hello.bind else hello.bind
+    url = f"http://{shown}:{listening.getsockname()[1]}"
     serving = asyncio.create_task(server.serve(sockets=[listening]))
     while not server.started and not serving.done():
         await asyncio.sleep(0.01)
@@ -183,6 +184,10 @@ async def _serve(
     await room.traffic.empty.wait()
     server.should_exit = True
     await serving
+
+
+def _family(address: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
 
 
 def _lost(status: int, reason: str) -> None:

@@ -53,6 +53,7 @@ from flash.failpoints import ONCE as FAILED_ONCE
 from flash.failpoints import VARIABLE as FAILPOINTS
 from flash.failpoints import failpoint
 from flash.launching.accounts import account_of, remove_quarters
+from flash.launching.lineage import adopt_orphans
 from flash.records import Claim, EventKind, FailureKind, Finish, Manifest, Phase, SignRequest
 from flash.redaction import Redactor
 from flash.worker.api import WorkerApi, persist
@@ -63,12 +64,7 @@ from flash.worker.packages import prepare
 from flash.worker.reporting import AttemptSink, EventSpool, LogIntake, Sender, Warn
 from flash.worker.settings import WorkerSettings
 from flash.worker.trainer import OUT_OF_MEMORY_STATUS, is_full_disk
-from flash.worker.trainer_process import (
-    TRAINER,
-    TrainerProcess,
-    adopt_orphans,
-    trainer_environment,
-)
+from flash.worker.trainer_process import TRAINER, TrainerProcess, trainer_environment
 from flash.worker.uploading import LocalCheckpoint, Uploader
 from flash.worker.wandb_sink import sinks_for
 

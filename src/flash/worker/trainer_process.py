@@ -7,7 +7,6 @@ Knows nothing of what the frames mean.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import select
 import signal
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from flash.errors import Unavailable
+from flash.launching.lineage import die_with
 from flash.worker.channel import Channel, ChannelClosed, Frame
 from flash.worker.environment_host import PASSED_ON
 from flash.worker.reporting import LogIntake
@@ -29,24 +29,6 @@ TRAINER = (sys.executable, "-P", "-m", "flash.worker.trainer")
 # Beyond what any child gets: the accelerator's own variables, and where models are cached.
 _PASSED_ON = (*PASSED_ON, "HOME", "FLASH_HOME", "CUDA_HOME", "TRITON_CACHE_DIR", "XDG_CACHE_HOME")
 _PREFIXES = ("CUDA_", "NVIDIA_", "NCCL_", "HF_HOME", "HF_HUB_", "HF_ENDPOINT", "HF_DATASETS_", "TRANSFORMERS_")
-
-_PR_SET_PDEATHSIG = 1
-_PR_SET_CHILD_SUBREAPER = 36
-_libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
-
-
-def adopt_orphans() -> None:
-    """Descendants whose parents die become this process's children, so that it can find them (Linux)."""
-    if _libc is not None:
-        _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-
-
-def _die_with(parent: int) -> None:
-    """Runs in the child, before its program: it is killed when the thread that started it ends (Linux)."""
-    if _libc is not None:
-        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:  # it was already too late
-            os._exit(1)
 
 
 def trainer_environment(environ: Mapping[str, str], *, device: str, threads: int) -> dict[str, str]:
@@ -104,7 +86,7 @@ class TrainerProcess:
                 stderr=subprocess.STDOUT,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
-                preexec_fn=lambda: _die_with(parent),
+                preexec_fn=lambda: die_with(parent),
             )
         except OSError as error:
             ours.close()

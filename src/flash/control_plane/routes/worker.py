@@ -1,4 +1,5 @@
-"""The worker API: claim, heartbeat, events, checkpoints, finish, the environment's archive; an engine's heartbeat.
+"""The worker API: claim, heartbeat, events, checkpoints, finish, the environment's archive; an engine's heartbeat; the
+exchange of a launch's ticket.
 
 Every write is fenced: it names its attempt and epoch (or its engine), and one that is over gets 409.
 """
@@ -13,17 +14,20 @@ from sqlalchemy import Connection
 
 from flash.artifacts.manifests import environment_key, object_key
 from flash.control_plane import checkpoints
-from flash.control_plane.auth import EngineHost, Plane, Worker, WorkerIdentity, require_live
+from flash.control_plane.auth import EngineHost, Plane, Ticket, Worker, WorkerIdentity, require_live
+from flash.control_plane.engines import hello as engine_hello
 from flash.control_plane.engines import record_heartbeat
 from flash.control_plane.reconciler import last_beat, progress_of
 from flash.control_plane.redacting import redacted_events, redacted_finish, redacted_manifest, redactor_for
 from flash.control_plane.services import Services
 from flash.errors import Conflict, Forbidden, InvalidInput
 from flash.failpoints import failpoint
+from flash.launching.launcher import LaunchRequest
 from flash.records import (
     AttemptState,
     CheckpointReport,
     Claim,
+    EngineState,
     EventAck,
     EventBatch,
     FailureKind,
@@ -34,10 +38,11 @@ from flash.records import (
     SignRequest,
 )
 from flash.serving.hello import EngineAnswer, EngineHeartbeat
-from flash.storage import environments, runs
+from flash.storage import engines, environments, identity, runs
 
 router = APIRouter(prefix="/worker/attempts/{attempt_id}", tags=["worker"])
 engine_router = APIRouter(prefix="/worker/engines/{engine_id}", tags=["worker"])
+launch_router = APIRouter(prefix="/worker/launches/{worker_id}", tags=["worker"])
 
 RUNNING = (AttemptState.RUNNING,)
 SIGNED_S = 3600.0  # how long an address is good: for a large object on a thin line
@@ -223,6 +228,27 @@ def environment(worker: Worker, plane: Plane) -> Response:
         _live(connection, worker, worker.epoch)
         run = runs.get_run(connection, worker.run_id)
     return Response(plane.store.get_bytes(environment_key(run.environment_sha256)), media_type="application/gzip")
+
+
+@launch_router.post("/hello")
+def hello(ticket: Ticket, plane: Plane) -> dict[str, Any]:
+    """The worker's start line. Refused once the attempt is claimed, or the engine heard of: the ticket is spent."""
+    worker_id = ticket.worker_id
+    with plane.database.read() as connection:
+        engine = engines.get(connection, worker_id) if worker_id.startswith("engine-") else None
+        row = engine or runs.get_attempt(connection, *runs.split_attempt_id(worker_id))
+    waited_for = row.state in (EngineState.LAUNCHING, AttemptState.LAUNCHING)
+    if not waited_for or not row.token_sha256 or not identity.matches(ticket.token, row.token_sha256):
+        raise Conflict(f"{worker_id} is not waited for", remedy="this worker must exit")
+    request = LaunchRequest(
+        attempt_id=worker_id,
+        api_url=plane.api_url,
+        token=ticket.token,
+        work_dir=row.work_dir,
+        device=row.device or "",
+        engine=engine_hello(plane, engine, ticket.token).model_dump(mode="json") if engine else None,
+    )
+    return request.hello("cuda:0" if request.device.startswith("cuda") else "cpu")
 
 
 @engine_router.post("/heartbeat")
