@@ -56,6 +56,36 @@ def test_a_file_is_read_and_variables_win(tmp_path: Path, monkeypatch):
     assert load_server_config(write(tmp_path, ""), {}).home == Path("/elsewhere")
 
 
+RAY = 'launcher = "ray"\nray_address = "http://ray-head:8265"\nworker_url = "http://flash:8765"\n'
+
+
+def test_a_cluster_is_named_with_the_way_back(tmp_path: Path):
+    found = load_server_config(write(tmp_path, RAY), {"FLASH_SERVER_RAY_TOKEN": "canary-of-the-cluster"})
+    assert found.ray_token is not None and found.ray_token.get_secret_value() == "canary-of-the-cluster"
+    assert "canary" not in repr(found)
+    assert load_server_config(write(tmp_path, RAY + 'devices = ["cuda", "cpu"]\n'), {}).devices == ("cuda", "cpu")
+    near = 'launcher = "ray"\nray_address = "http://127.0.0.1:8265"\n'
+    assert load_server_config(write(tmp_path, near), {}).worker_url is None, "one machine needs no way back"
+    assert load_server_config(write(tmp_path, 'devices = ["cuda:0"]\n'), {}).ray_address is None
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('launcher = "ray"\n', "the address of the head's dashboard"),
+        ('launcher = "ray"\nray_address = "http://ray-head:8265"\n', "set worker_url"),
+        ('launcher = "ray"\nray_address = "ray://ray-head:10001"\n', "pattern"),
+        (RAY + 'devices = ["cuda:0"]\n', "names kinds"),
+        ('launcher = "slurm"\n', "'local' or 'ray'"),
+        (RAY + "ray_cpus = 0\n", "greater than or equal to 1"),
+    ],
+)
+def test_a_cluster_that_can_not_work_is_refused_in_a_line(tmp_path: Path, text: str, words: str):
+    with pytest.raises(InvalidInput) as refused:
+        load_server_config(write(tmp_path, text), {})
+    assert words in str(refused.value) and "\n" not in str(refused.value)
+
+
 def test_every_mistake_is_told_at_once_each_in_a_line(tmp_path: Path):
     text = 'lease = 3\nport = 70000\nhost = 5\nheartbeat_s = true\nlog_format = "xml"\n[stall_s]\ndreaming = 3\n'
     with pytest.raises(ConfigError) as told:

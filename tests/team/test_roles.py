@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.team.worlds import Team
 
 from flash.artifacts.manifests import write_checkpoint
-from flash.control_plane.auth import Needs, _engine, _worker
+from flash.control_plane.auth import Needs, _engine, _launched, _worker
 from flash.storage import identity, runs
 from flash.storage.identity import Role
 
@@ -63,7 +63,7 @@ def role_of(route: APIRoute, method: str) -> Role | str | None:
     for rule in rules_of(route.dependant):
         if isinstance(rule, Needs):
             return rule.role or (Role.READ_ONLY if method == "GET" else Role.MEMBER)
-        if rule is _worker:
+        if rule in (_worker, _launched):
             return "worker"
         if rule is _engine:
             return "engine"
@@ -178,8 +178,8 @@ def two(open_team) -> tuple[Team, str, dict[str, str]]:
     with team.plane.database.read() as connection:
         key_id = identity.list_keys(connection, org="theirs")[0].id
     ids = {
-        "run_id": run_id, "attempt_id": f"{run_id}.1", "namespace": "theirs", "name": "echo", "key": key_id,
-        "org": "theirs", "environment": "theirs/echo", "path": "adapter/weights", "step": "3",
+        "run_id": run_id, "attempt_id": f"{run_id}.1", "worker_id": f"{run_id}.1", "namespace": "theirs",
+        "name": "echo", "key": key_id, "org": "theirs", "environment": "theirs/echo", "path": "adapter/weights", "step": "3",
     }  # fmt: skip
     return team, mine, ids
 

@@ -1,0 +1,211 @@
+"""The Ray launcher against a real cluster, with a control plane played by a few lines of HTTP."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from tests.team.cluster import Cluster, free_port, wait_for
+
+from flash.errors import Unauthorized, Unavailable
+from flash.launching.launcher import LaunchRequest, Probe
+from flash.launching.local import MARK
+from flash.launching.ray import TICKET, RayLauncher
+from flash.launching.ray_entry import worker_environment
+
+slow = pytest.mark.slow
+TOKEN = "fslw_of-the-attempt"
+
+
+class Plane:
+    """Exchanges tickets for start lines of the attempt, and takes claims: as a supervisor meets it."""
+
+    def __init__(self) -> None:
+        self.tickets: list[str] = []
+        self.claims: list[str] = []
+        plane = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                bearer = self.headers["Authorization"].removeprefix("Bearer ")
+                self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                worker = self.path.split("/")[3]
+                if self.path.startswith("/worker/launches/"):
+                    plane.tickets.append(bearer)
+                    hello = {"attempt_id": worker, "api_url": plane.url, "token": TOKEN, "work_dir": "-"}
+                    self.answer(200, {**hello, "device": "cpu"})
+                else:
+                    plane.claims.append(bearer)
+                    self.answer(503, {})  # not now: the supervisor waits
+
+            def answer(self, status: int, body: dict[str, Any]) -> None:
+                data = json.dumps(body).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with Cluster(FLASH_WORKER_SETTINGS=json.dumps({"claim_patience_s": 600})) as cluster:
+        cluster.add_node()
+        yield cluster
+
+
+@pytest.fixture
+def plane() -> Iterator[Plane]:
+    plane = Plane()
+    yield plane
+    plane.close()
+
+
+def launcher_of(cluster: Cluster, **options: Any) -> RayLauncher:
+    given = {"owner": "one", "ticket": lambda worker, token: f"sealed-for-{worker}", "cpus": 1, "lost_s": 1.0}
+    return RayLauncher(cluster.address, options.pop("token", cluster.token), **{**given, **options})
+
+
+def request(plane: Plane, attempt_id: str, device: str) -> LaunchRequest:
+    return LaunchRequest(attempt_id, plane.url, TOKEN, "/nowhere/on/the/node", device)
+
+
+def workers(attempt_id: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == attempt_id:
+                found.append(process)
+    return found
+
+
+@slow
+def test_slots_are_those_of_living_nodes_and_are_described(cluster: Cluster):
+    ray = launcher_of(cluster)
+    [node] = [node for node in cluster.living() if not node["is_head_node"]]
+    names = [f"cpu:{node['node_id'][:8]}.{number}" for number in range(2)]
+    assert ray.devices() == names == launcher_of(cluster, kinds=["cpu"]).devices()
+    assert launcher_of(cluster, cpus=2).devices() == names[:1]
+    assert launcher_of(cluster, cpus=3).devices() == launcher_of(cluster, kinds=["cuda"]).devices() == []
+    described = ray.describe()
+    assert [device.name for device in described] == names
+    assert {device.cores for device in described} == {1}
+    assert sum(device.memory for device in described) <= node["resources_total"]["memory"]
+
+
+@slow
+def test_a_worker_is_launched_once_found_again_and_killed_with_all_it_started(cluster: Cluster, plane: Plane):
+    ray = launcher_of(cluster)
+    attempt = "flash-1-00000000.1"
+    device = ray.devices()[1]
+    handle = ray.launch(request(plane, attempt, device))
+    assert ray.probe(handle) is Probe.ALIVE
+    assert ray.launch(request(plane, attempt, device)) == handle, "a repeat is the same worker"
+    wait_for(lambda: plane.claims)
+    assert set(plane.tickets) == {f"sealed-for-{attempt}"} and set(plane.claims) == {TOKEN}
+
+    later = launcher_of(cluster)
+    assert later.list() == {attempt: handle} and later.probe(handle) is Probe.ALIVE
+    assert launcher_of(cluster, owner="another").list() == {}, "another server's workers are none of ours"
+
+    [supervisor] = [found for found in workers(attempt) if "flash.worker.supervisor" in found.cmdline()]
+    variables = supervisor.environ()
+    assert not [name for name in variables if name.startswith("RAY_")] and TICKET not in variables
+    assert variables["CUDA_VISIBLE_DEVICES"] == "" and json.loads(variables["FLASH_WORKER_SETTINGS"])["threads"] == 1
+    assert Path(supervisor.cwd()) == cluster.home(1) / "work" / attempt
+    told = json.dumps(cluster.jobs()) + "".join(" ".join(each.cmdline()) for each in psutil.process_iter())
+    assert TOKEN not in told and cluster.token not in json.dumps(variables)
+
+    later.kill(handle)
+    wait_for(lambda: later.probe(handle) is Probe.DEAD)
+    assert not workers(attempt) and not (cluster.home(1) / "work" / attempt).exists()
+    later.kill(handle)
+    assert later.list() == {} and later.probe(handle) is Probe.DEAD
+
+
+@slow
+def test_a_job_that_nobody_knows_is_dead_only_after_a_while(cluster: Cluster):
+    ray = launcher_of(cluster, lost_s=1.0)
+    assert ray.probe("flash-1-00000009.1") is Probe.UNKNOWN
+    ray.kill("flash-1-00000009.1")
+    wait_for(lambda: ray.probe("flash-1-00000009.1") is Probe.DEAD)
+
+
+@slow
+def test_a_wrong_token_is_one_line(cluster: Cluster):
+    for token in ("b" * 64, "short", None):
+        ray = launcher_of(cluster, token=token)
+        for ask in (ray.list, ray.devices):
+            with pytest.raises(Unauthorized) as refused:
+                ask()
+            assert "refuses the server's token" in str(refused.value) and "\n" not in str(refused.value)
+        assert ray.probe("x") is Probe.UNKNOWN
+
+
+@slow
+def test_a_node_that_dies_takes_its_workers_and_slots_with_it(cluster: Cluster, plane: Plane):
+    node = cluster.add_node(cpus=1)
+    ray = launcher_of(cluster)
+    attempt = "flash-1-00000001.1"
+    found = next(each for each in cluster.living() if each["node_ip"].endswith(f".{node + 2}"))
+    device = f"cpu:{found['node_id'][:8]}.0"
+    handle = ray.launch(request(plane, attempt, device))
+    wait_for(lambda: plane.claims)
+    cluster.kill_node(node)
+    wait_for(lambda: ray.probe(handle) is Probe.DEAD)
+    assert not workers(attempt), "dead means that nothing of it lives"
+    wait_for(lambda: device not in ray.devices())
+    with pytest.raises(Unavailable, match="is gone"):
+        ray.launch(request(plane, "flash-1-00000001.2", device))
+
+
+def test_a_head_that_is_not_there_is_unknown_and_costs_little():
+    ray = RayLauncher(f"http://127.0.0.1:{free_port('127.0.0.1')}", "x", owner="o", ticket=lambda worker, token: "t")
+    with pytest.raises(Unavailable, match="can't be reached"):
+        ray.list()
+    assert ray.probe("anything") is Probe.UNKNOWN
+    with pytest.raises(Unavailable):
+        ray.kill("anything")
+
+
+def test_a_head_that_hangs_costs_one_time_limit_for_all_workers():
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        address = f"http://127.0.0.1:{deaf.getsockname()[1]}"
+        ray = RayLauncher(address, "x", owner="o", ticket=lambda worker, token: "t", timeout_s=0.5)
+        began = time.monotonic()
+        with pytest.raises(Unavailable):
+            ray.list()
+        asked = time.monotonic() - began
+        assert {ray.probe(f"worker-{number}") for number in range(200)} == {Probe.UNKNOWN}
+        with pytest.raises(Unavailable):
+            ray.kill("worker-1")
+        assert time.monotonic() - began < asked + 2
+
+
+def test_a_worker_inherits_nothing_of_rays():
+    inherited = {**os.environ, "RAY_AUTH_TOKEN": "secret", "RAY_ADDRESS": "x", "OMP_NUM_THREADS": "4", TICKET: "t"}
+    found = worker_environment({**inherited, "CUDA_VISIBLE_DEVICES": "3"}, "flash-1-00000000.1", None)
+    assert not [name for name in found if name.startswith("RAY_")] and "OMP_NUM_THREADS" not in found
+    assert (found["CUDA_VISIBLE_DEVICES"], found[MARK]) == ("3", "flash-1-00000000.1") and TICKET not in found
+    on_cpu = worker_environment({**inherited, "FLASH_WORKER_SETTINGS": '{"threads": 3}'}, "x", 2)
+    assert on_cpu["CUDA_VISIBLE_DEVICES"] == "" and json.loads(on_cpu["FLASH_WORKER_SETTINGS"]) == {"threads": 3}

@@ -1,0 +1,112 @@
+"""Real servers on Postgres and a bucket that train and serve on a real Ray cluster, while nodes and head come and go."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from tests.team.cluster import Cluster
+from tests.team.servers import Servers, wait_for
+from tests.team.test_servers import whole
+
+pytestmark = pytest.mark.slow
+
+TRAIN: dict[str, Any] = {
+    "epochs": 1000, "max_steps": 400, "save_every": 50, "batch_size": 2, "max_length": 64, "lora_rank": 4,
+    "learning_rate": 1e-3,
+}  # fmt: skip
+TINY = {**TRAIN, "max_steps": 1, "save_every": 1}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with Cluster(OMP_NUM_THREADS="1") as cluster:
+        cluster.add_node()
+        cluster.add_node()
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory, team_backing, cluster: Cluster) -> Iterator[Servers]:
+    home = tmp_path_factory.mktemp("on-ray") / "home"
+    found = Servers(home, team_backing, FLASH_SERVER_LEASE_S="20", **cluster.settings)
+    try:
+        found.start()
+        found.push()
+        yield found
+    finally:
+        found.close()
+
+
+@pytest.fixture(scope="module")
+def expected(servers: Servers) -> str:
+    """The adapter of a run that nothing happened to."""
+    run_id = servers.submit(TRAIN)
+    status = servers.ended(run_id)
+    assert (status["state"], len(status["attempts"])) == ("done", 1), status["summary"]
+    assert status["attempts"][0]["device"].startswith("cpu:")
+    return servers.adapter(run_id)
+
+
+def node_of(cluster: Cluster, status: dict[str, Any]) -> int:
+    """The number of the node that a run's newest attempt is on."""
+    device = status["attempts"][-1]["device"]
+    [node] = [node for node in cluster.living() if device.startswith(f"cpu:{node['node_id'][:8]}")]
+    return int(node["node_ip"].rpartition(".")[2]) - 2
+
+
+def test_a_run_is_a_job_and_no_token_of_it_is_in_ray(servers: Servers, cluster: Cluster, expected: str):
+    told = json.dumps(cluster.jobs())
+    assert "fslw_" not in told and "SUCCEEDED" in told
+    assert not list(cluster.home(1).glob("work/*")) and not list(cluster.home(2).glob("work/*"))
+
+
+def test_a_node_dies_in_mid_run_and_nothing_is_lost(servers: Servers, cluster: Cluster, expected: str):
+    run_id = servers.submit(TRAIN)
+    servers.saved(run_id, 2)
+    cluster.kill_node(node_of(cluster, servers.status(run_id) or {}))
+    status = servers.ended(run_id)
+    assert (status["state"], len(status["attempts"])) == ("done", 2), status["summary"]
+    assert servers.adapter(run_id) == expected
+    whole(servers, run_id)
+    cluster.add_node()
+
+
+def test_the_head_dies_in_mid_run_and_another_one_starts(servers: Servers, cluster: Cluster, expected: str):
+    run_id = servers.submit(TRAIN)
+    servers.saved(run_id, 2)
+    cluster.kill_head()
+    cluster.start_head()
+    cluster.add_node()
+    cluster.add_node()
+    status = servers.ended(run_id)
+    assert status["state"] == "done", status["summary"]
+    assert servers.adapter(run_id) == expected
+    whole(servers, run_id)
+
+
+def test_an_engine_serves_from_a_node(servers: Servers, cluster: Cluster):
+    body = {"model": "flash/nano", "messages": [{"role": "user", "content": "Say red."}], "max_tokens": 4}
+    answer = servers.call("POST", "/v1/chat/completions", json=body)
+    assert answer["usage"]["completion_tokens"] >= 1
+    assert any(job["submission_id"].startswith("engine-") for job in cluster.jobs())
+
+
+def test_fifty_short_runs_end(servers: Servers, cluster: Cluster, capsys):
+    began = time.monotonic()
+    submitted = [servers.submit(TINY) for _ in range(50)]
+    wait_for(lambda: all((servers.status(run_id) or {}).get("finished_at") for run_id in submitted), 800)
+    with capsys.disabled():
+        print(f"\n  50 runs of a step on Ray: {time.monotonic() - began:.0f} s")
+    found = [servers.status(run_id) or {} for run_id in submitted]
+    assert {status["state"] for status in found} == {"done"}
+    begun = [status["attempts"][0]["started_at"] for status in found]
+    assert begun == sorted(begun), "in the order of their submission"
+    assert len({servers.adapter(run_id) for run_id in submitted}) == 1
+
+
+def test_a_wrong_token_is_told_in_a_line_and_nothing_is_lost(servers: Servers, cluster: Cluster, team_backing, tmp_path):
+    pass
