@@ -1,8 +1,11 @@
-"""Real servers on Postgres and a bucket that train and serve on a real Ray cluster, while nodes and head come and go."""
+"""A real server on Postgres and a bucket that trains and serves on a real Ray cluster; nodes and head come and go."""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -108,5 +111,10 @@ def test_fifty_short_runs_end(servers: Servers, cluster: Cluster, capsys):
     assert len({servers.adapter(run_id) for run_id in submitted}) == 1
 
 
-def test_a_wrong_token_is_told_in_a_line_and_nothing_is_lost(servers: Servers, cluster: Cluster, team_backing, tmp_path):
-    pass
+def test_a_wrong_token_is_one_line_and_no_server(cluster: Cluster, tmp_path):
+    (tmp_path / "server.toml").write_text('home = "."\n')
+    command = [sys.executable, "-m", "flash.cli.main", "server", "start", "--config", str(tmp_path / "server.toml")]
+    variables = {**os.environ, **cluster.settings, "FLASH_SERVER_RAY_TOKEN": "b" * 64}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60, check=False)
+    told = [line for line in done.stderr.splitlines() if "refuses the server's token" in line]
+    assert done.returncode == 1 and len(told) == 1 and "Traceback" not in done.stderr, done.stderr

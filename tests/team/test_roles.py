@@ -179,7 +179,8 @@ def two(open_team) -> tuple[Team, str, dict[str, str]]:
         key_id = identity.list_keys(connection, org="theirs")[0].id
     ids = {
         "run_id": run_id, "attempt_id": f"{run_id}.1", "worker_id": f"{run_id}.1", "namespace": "theirs",
-        "name": "echo", "key": key_id, "org": "theirs", "environment": "theirs/echo", "path": "adapter/weights", "step": "3",
+        "name": "echo", "key": key_id, "org": "theirs", "environment": "theirs/echo", "path": "adapter/weights",
+        "step": "3",
     }  # fmt: skip
     return team, mine, ids
 

@@ -30,7 +30,7 @@ from flash.control_plane.logs import log_as
 from flash.control_plane.server_config import load_server_config, load_settings
 from flash.control_plane.services import Services, open_services
 from flash.control_plane.settings import ServerSettings
-from flash.errors import ConfigError, FlashError, InvalidInput
+from flash.errors import ConfigError, FlashError, InvalidInput, Unauthorized
 from flash.launching.accounts import check_account
 from flash.launching.launcher import Launcher
 from flash.storage import audit, deployments, engines, identity, runs
@@ -196,6 +196,7 @@ def serve(settings: ServerSettings, *, config: Path | None = None, launcher: Lau
         listener = bind(settings.host, settings.port or (kept.port if kept else 0), fixed=bool(settings.port))
         address = Address(port=listener.getsockname()[1], token=token)
         plane.api_url = settings.worker_url or _url(_EVERYWHERE.get(settings.host, settings.host), address.port)
+        _greet(plane)
         activity = Activity(create_app(settings, services=plane))
         options = uvicorn.Config(
             activity,
@@ -214,6 +215,16 @@ def serve(settings: ServerSettings, *, config: Path | None = None, launcher: Lau
     finally:
         plane.close()
         log.info("ended")
+
+
+def _greet(plane: Services) -> None:
+    """Asks the launcher once: one that refuses us will not think better of it, one that is away may come back."""
+    try:
+        plane.launcher.devices()
+    except Unauthorized:
+        raise
+    except FlashError as error:
+        log.warning("no worker can be started yet: %s", error)
 
 
 def _let_in(plane: Services, token: str) -> None:

@@ -407,6 +407,7 @@ class Reconciler:
         self._stopped = threading.Event()
         self._cleaner = Cleaner(plane)
         self._engines = Engines(plane)
+        self._trouble: str | None = None  # with the launcher, as last told
 
     def start(self) -> None:
         self._plane.lead.start(on_change=self._plane.wake.set)
@@ -503,10 +504,16 @@ class Reconciler:
     def _ask_launcher(self) -> tuple[dict[str, str] | None, tuple[str, ...]]:
         """What lives by its id (None: it can't be told), and the devices; trouble there must not stop a look."""
         try:
-            return self._plane.launcher.list(), tuple(self._plane.launcher.devices())
+            found = self._plane.launcher.list(), tuple(self._plane.launcher.devices())
         except Exception as error:
-            log.warning("the launcher can't be asked: %s", error)
+            if str(error) != self._trouble:  # it may last for hours, and looks are many
+                log.warning("the launcher can't be asked: %s", error)
+            self._trouble = str(error)
             return None, ()
+        if self._trouble is not None:
+            log.warning("the launcher answers again")
+            self._trouble = None
+        return found
 
     def _probe(self, handle: str) -> Probe:
         try:

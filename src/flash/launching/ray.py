@@ -43,6 +43,7 @@ _OWNER, _WORKER = "flash_owner", "flash_worker"  # a job's metadata
 _NODE_ID = "ray.io/node-id"  # the label that Ray gives each node
 _FRESH_S = 1.0  # how old an answer may be
 _REFUSED_S = 2.0  # how long a failure stands for the next requests
+_SUSPECT_S = 30.0  # how long a node gets no worker after it lost one; Ray's own limit for its death is less
 _HARDWARE_S = 60.0  # GPUs do not change while their node lives
 _KEPT_S = 3600.0  # how long Ray keeps a job that has ended, for whoever wants to read its log
 _SWEPT = 20  # ended jobs removed at once
@@ -87,10 +88,14 @@ class RayLauncher:
         self._jobs = _Answer(self._ask_jobs)
         self._nodes = _Answer(self._ask_nodes)
         self._gpus = _Answer(self._ask_gpus)
+        self._lost: frozenset[str] = frozenset()  # jobs whose process on the node vanished
+        self._lost_on: dict[str, float] = {}  # by node: when one was last seen to have
         self._missed: dict[str, float] = {}  # handles that the head did not know: since when
 
     def devices(self) -> list[str]:
-        return [slot.name for slot in self._slots()]
+        """Without those of nodes on which a job was just lost: Ray tells that before it calls the node dead."""
+        after = time.monotonic() - _SUSPECT_S
+        return [slot.name for slot in self._slots() if self._lost_on.get(slot.node, after) <= after]
 
     def describe(self) -> list[Device]:
         slots = self._slots()
@@ -173,9 +178,12 @@ class RayLauncher:
 
     def _ask_jobs(self) -> dict[str, dict[str, Any]]:
         """By submission id. Jobs of others are among them, and drivers that were not submitted are not."""
-        found = {}
+        found: dict[str, dict[str, Any]] = {}
+        lost = {}
         for job in self._read("/api/jobs/"):
             if job.get("submission_id"):
+                if job.get("status") == "FAILED" and job.get("driver_exit_code") is None and job.get("driver_node_id"):
+                    lost[str(job["submission_id"])] = str(job["driver_node_id"])
                 about = job.get("metadata") or {}
                 found[str(job["submission_id"])] = {
                     "status": str(job.get("status")),
@@ -183,6 +191,8 @@ class RayLauncher:
                     "worker": str(about.get(_WORKER)),
                     "ended": (job.get("end_time") or 0) / 1000,
                 }
+        self._lost_on |= {node: time.monotonic() for handle, node in lost.items() if handle not in self._lost}
+        self._lost = frozenset(lost)
         return found
 
     def _ask_nodes(self) -> Sequence[dict[str, Any]]:
