@@ -18,7 +18,7 @@ from tests.team.test_servers import whole
 pytestmark = pytest.mark.slow
 
 TRAIN: dict[str, Any] = {
-    "epochs": 1000, "max_steps": 400, "save_every": 50, "batch_size": 2, "max_length": 64, "lora_rank": 4,
+    "epochs": 1000, "max_steps": 120, "save_every": 20, "batch_size": 2, "max_length": 64, "lora_rank": 4,
     "learning_rate": 1e-3,
 }  # fmt: skip
 TINY = {**TRAIN, "max_steps": 1, "save_every": 1}

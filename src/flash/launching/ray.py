@@ -37,6 +37,7 @@ log = logging.getLogger("flash.ray")
 
 ENTRY = "flash.launching.ray_entry"
 TICKET = "FLASH_LAUNCH_TICKET"
+NODE_GONE = 75  # exit status of an entry that saw its raylet end; no worker's
 _SETTINGS = "FLASH_WORKER_SETTINGS"  # the operator's, which workers of one's own machine inherit
 _TERMINAL = ("SUCCEEDED", "FAILED", "STOPPED")
 _OWNER, _WORKER = "flash_owner", "flash_worker"  # a job's metadata
@@ -182,7 +183,8 @@ class RayLauncher:
         lost = {}
         for job in self._read("/api/jobs/"):
             if job.get("submission_id"):
-                if job.get("status") == "FAILED" and job.get("driver_exit_code") is None and job.get("driver_node_id"):
+                gone = job.get("status") == "FAILED" and job.get("driver_exit_code") in (None, NODE_GONE)
+                if gone and job.get("driver_node_id"):
                     lost[str(job["submission_id"])] = str(job["driver_node_id"])
                 about = job.get("metadata") or {}
                 found[str(job["submission_id"])] = {

@@ -6,7 +6,8 @@ sight, the address that an engine serves on. Its end means that no process of th
 when the worker ends, when Ray stops the job, and when the node's raylet is gone, which Ray itself would leave them to
 survive. What the worker prints is the job's log.
 
-Exit status: the worker's · 3 the ticket is refused · 4 the plane can't be reached · 143 stopped · 5 the node is gone.
+Exit status: the worker's · 3 the ticket is refused · 4 the plane can't be reached · 75 the node's
+raylet is gone · 143 stopped.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ from flash.catalog.catalog import flash_home
 from flash.launching.accounts import remove_quarters
 from flash.launching.lineage import adopt_orphans, alive, ancestors, die_with
 from flash.launching.local import ENGINE_HOST, MARK, SUPERVISOR
-from flash.launching.ray import TICKET
+from flash.launching.ray import NODE_GONE, TICKET
 
-REFUSED, UNREACHABLE, NODE_GONE, STOPPED = 3, 4, 5, 143
+REFUSED, UNREACHABLE, STOPPED = 3, 4, 143
 _SETTINGS = "FLASH_WORKER_SETTINGS"
 _PATIENCE_S = 60.0  # for a control plane that is being restarted
 _LOOK_S = 0.5
