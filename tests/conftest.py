@@ -1,4 +1,5 @@
-"""What tests of several folders share: one Postgres a session, databases on it that are ready to use, a bucket."""
+"""What tests of several folders share: one Postgres a session, databases on it that are ready to use, a bucket, a
+cluster."""
 
 from __future__ import annotations
 
@@ -49,3 +50,14 @@ def team_backing(postgres: Postgres, postgres_at_head: str) -> Iterator[dict[str
             "FLASH_SERVER_STORE_OPTIONS": ",".join(f"{key}={value}" for key, value in options.items()),
         }
     postgres.drop(name)
+
+
+@pytest.fixture(scope="module")
+def team_profile(team_backing: dict[str, str]) -> Iterator[dict[str, str]]:
+    """The whole of a team's server, as variables of its settings: Postgres, a bucket, and Ray with two nodes."""
+    from tests.team.cluster import Cluster
+
+    with Cluster(OMP_NUM_THREADS="1") as cluster:
+        for _ in range(2):
+            cluster.add_node(cpus=1)
+        yield {**team_backing, **cluster.settings}

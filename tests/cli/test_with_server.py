@@ -1,4 +1,5 @@
-"""The commands against a real server: a laptop's, which the first of them starts, and a team's on Postgres and S3."""
+"""The commands against a real server: a laptop's, which the first of them starts, and a team's on Postgres,
+S3 and Ray."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ def load_environment():
 @pytest.fixture(scope="module", params=["laptop", pytest.param("team", marks=pytest.mark.slow)])
 def server_home(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("served")
-    process = start_team(folder, request.getfixturevalue("team_backing")) if request.param == "team" else None
+    process = start_team(folder, request.getfixturevalue("team_profile")) if request.param == "team" else None
     yield folder
     local_server.stop(folder)
     if process is not None:
@@ -35,9 +36,9 @@ def server_home(request, tmp_path_factory):
 def start_team(folder: Path, backing: dict[str, str]) -> subprocess.Popen[bytes]:
     """`flash server start --config`, which stays in the foreground."""
     config = folder / "server.toml"
-    config.write_text('home = "."\ndevices = []\nlog_to = "file"\n')
+    config.write_text('home = "."\nlog_to = "file"\n')
     command = [sys.executable, "-m", "flash.cli.main", "server", "start", "--config", str(config)]
-    process = subprocess.Popen(command, env={**os.environ, **backing})
+    process = subprocess.Popen(command, env={**os.environ, **backing, "FLASH_SERVER_DEVICES": ""})
     deadline = time.monotonic() + 120
     while local_server.running(folder) is None:
         assert process.poll() is None and time.monotonic() < deadline

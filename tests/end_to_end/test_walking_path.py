@@ -95,8 +95,8 @@ class Machine:
 
 @pytest.fixture(scope="module", params=["laptop", pytest.param("team", marks=pytest.mark.slow)])
 def machine(request, tmp_path_factory) -> Iterator[Machine]:
-    """The same with what a laptop keeps things in, and with a team's Postgres and bucket."""
-    backing = request.getfixturevalue("team_backing") if request.param == "team" else {}
+    """The same with a laptop's folders and processes, and with a team's Postgres, bucket and cluster."""
+    backing = request.getfixturevalue("team_profile") if request.param == "team" else {}
     machine = Machine(tmp_path_factory.mktemp("machine"), **backing)
     yield machine
     machine.flash("server", "stop")

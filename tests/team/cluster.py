@@ -22,6 +22,8 @@ from typing import Any
 import httpx
 import psutil
 
+from flash.launching.ray import ENTRY
+
 HEAD = "127.0.0.2"
 RAY = Path(sys.executable).parent / "ray"
 MARK = "FLASH_TEST_CLUSTER"  # in the environment of every process of a cluster
@@ -50,7 +52,7 @@ def wait_for(holds: Callable[[], Any], limit_s: float = 120.0) -> Any:
 
 
 class Cluster:
-    """Start it with `with`. `add_node` gives a node's number; nodes have two CPUs and a FLASH_HOME of their own."""
+    """Start it with `with`. `add_node` gives a node's number; nodes have a FLASH_HOME of their own."""
 
     def __init__(self, **variables: str) -> None:
         self.token = secrets.token_hex(32)
@@ -100,13 +102,21 @@ class Cluster:
             f"--ray-client-server-port={free_port(HEAD)}", "--num-cpus=0", home=self.folder / "head",
         )  # fmt: skip
 
-    def add_node(self, cpus: int = 2) -> int:
+    def add_node(self, cpus: int = 2, *, entry: Path | None = None) -> int:
+        """`entry`: a program that this node runs in place of Flash's own entry."""
         self._nodes += 1
         address = f"127.0.0.{2 + self._nodes}"
         before = len(self.living())
+        home = self.home(self._nodes)
+        if entry is not None:
+            home.mkdir(parents=True)
+            python = home / "python"
+            python.write_text(f'#!/bin/sh\ncase "$3" in {ENTRY}) shift 3; set -- {entry} "$@";; esac\n'
+                              f'exec {sys.executable} "$@"\n')  # fmt: skip
+            python.chmod(0o755)
         self._start(
             f"--address={HEAD}:{self._gcs}", f"--node-ip-address={address}", f"--num-cpus={cpus}",
-            home=self.home(self._nodes),
+            home=home,
         )  # fmt: skip
         wait_for(lambda: len(self.living()) > before)
         return self._nodes
@@ -119,6 +129,12 @@ class Cluster:
         option = f"--node_ip_address=127.0.0.{2 + node}"
         [raylet] = [found for found in self.processes("raylet") if option in found.cmdline()]
         raylet.kill()
+
+    def kill_nodes(self) -> None:
+        for node in self.living():
+            if not node["is_head_node"]:
+                self.kill_node(int(node["node_ip"].rpartition(".")[2]) - 2)
+        wait_for(lambda: len(self.living()) == 1)
 
     def kill_head(self) -> None:
         for process in self.processes():
@@ -162,7 +178,7 @@ class Cluster:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
         own = {
             "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token, MARK: self._name, "FLASH_HOME": str(home),
-            "PATH": f"{RAY.parent}:{kept['PATH']}",
+            "PATH": f"{home}:{RAY.parent}:{kept['PATH']}",
         }  # fmt: skip
         home.mkdir(parents=True, exist_ok=True)
         with (self.folder / "ray.out").open("ab") as output:

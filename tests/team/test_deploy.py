@@ -33,8 +33,9 @@ def instructions(name: str) -> list[str]:
 
 
 def filled(text: str) -> str:
-    """As compose fills in the variables of `.env`."""
-    return re.sub(r"\$\{(\w+)(:[?-][^}]*)?\}", lambda found: f"secretof{found[1]}", text)
+    """As compose fills in the variables of `.env`: where one may be left out, by what is there instead."""
+    text = re.sub(r"\$\{\w+:-([^}]*)\}", lambda found: found[1], text)
+    return re.sub(r"\$\{(\w+)(:\?[^}]*)?\}", lambda found: f"secretof{found[1]}", text)
 
 
 def exists(command: list[str]) -> None:
@@ -56,6 +57,10 @@ def test_its_settings_are_sound_and_every_variable_is_one():
     assert store.signs and settings.worker_store == "signed"
     assert settings.store_options["endpoint"] == "http://store:9000"
     assert set(settings.store_options) == {"endpoint", "allow_http", "region", "access_key_id", "secret_access_key"}
+    assert settings.launcher == "local", "without LAUNCHER"
+    on_ray = load_server_config(DEPLOY / "server.toml", {**given, "FLASH_SERVER_LAUNCHER": "ray"})
+    assert on_ray.ray_address == "http://ray:8265" and on_ray.worker_url == f"http://server:{settings.port}"
+    assert "ray" in COMPOSE["services"] and "server" in COMPOSE["services"]
     assert "secretof" not in (DEPLOY / "server.toml").read_text()
 
 

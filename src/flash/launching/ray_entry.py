@@ -23,6 +23,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
@@ -44,9 +45,10 @@ _RAYLET = "raylet"
 
 
 class Entry:
-    """One worker on this node."""
+    """One worker on this node: `command`, which reads its start line from standard input."""
 
-    def __init__(self, kind: str, worker_id: str, plane: str, cpus: int | None) -> None:
+    def __init__(self, command: Sequence[str], kind: str, worker_id: str, plane: str, cpus: int | None) -> None:
+        self._command = tuple(command)
         self._kind = kind
         self._id = worker_id
         self._plane = plane
@@ -96,7 +98,7 @@ class Entry:
     def _worker(self, hello: dict[str, Any]) -> subprocess.Popen[bytes]:
         parent = os.getpid()
         child = subprocess.Popen(
-            SUPERVISOR if self._kind == "attempt" else ENGINE_HOST,
+            self._command,
             stdin=subprocess.PIPE,
             cwd=self._work_dir,
             env=worker_environment(dict(os.environ), self._id, self._cpus),
@@ -170,14 +172,17 @@ def _address_towards(url: str) -> str:
         return str(probe.getsockname()[0])
 
 
-def main() -> None:
+COMMANDS: Mapping[str, Sequence[str]] = {"attempt": SUPERVISOR, "engine": ENGINE_HOST}
+
+
+def main(commands: Mapping[str, Sequence[str]] = COMMANDS) -> None:
     parser = argparse.ArgumentParser(prog=Path(__file__).stem, allow_abbrev=False)
-    parser.add_argument("--kind", choices=("attempt", "engine"), required=True)
+    parser.add_argument("--kind", choices=sorted(commands), required=True)
     parser.add_argument("--id", required=True)
     parser.add_argument("--plane", required=True)
     parser.add_argument("--cpus", type=int)
     given = parser.parse_args()
-    Entry(given.kind, given.id, given.plane, given.cpus).run(os.environ.pop(TICKET, ""))
+    Entry(commands[given.kind], given.kind, given.id, given.plane, given.cpus).run(os.environ.pop(TICKET, ""))
 
 
 if __name__ == "__main__":
