@@ -20,7 +20,7 @@ from tests.team.cluster import Cluster, free_port, wait_for
 from flash.errors import Unauthorized, Unavailable
 from flash.launching.launcher import LaunchRequest, Probe
 from flash.launching.local import MARK
-from flash.launching.ray import TICKET, RayLauncher
+from flash.launching.ray import NODE_GONE, TICKET, RayLauncher
 from flash.launching.ray_entry import worker_environment
 
 slow = pytest.mark.slow
@@ -177,6 +177,111 @@ def test_a_node_that_dies_takes_its_workers_and_slots_with_it(cluster: Cluster, 
     wait_for(lambda: device not in ray.devices())
     with pytest.raises(Unavailable, match="is gone"):
         ray.launch(request(plane, "flash-1-00000001.2", device))
+
+
+class Head:
+    """A head in a few lines, for what no cluster on this machine has: GPUs, and jobs of yesterday."""
+
+    def __init__(self, nodes: dict[str, dict[str, float]], jobs: list[dict[str, Any]]) -> None:
+        self.asked: list[tuple[str, str, Any]] = []
+        head = self
+        listed = [{"node_id": name, "state": "ALIVE", "resources_total": has} for name, has in nodes.items()]
+        gpu = {"name": "NVIDIA L4", "memoryTotal": 23034}
+        told = [{"raylet": {"nodeId": name}, "gpus": [gpu] * int(has.get("GPU", 0))} for name, has in nodes.items()]
+        answers = {
+            "/api/jobs/": jobs,
+            "/api/v0/nodes": {"data": {"result": {"result": listed}}},
+            "/nodes": {"data": {"summary": told}},
+        }
+
+        class Handler(BaseHTTPRequestHandler):
+            def answer(self) -> None:
+                length = int(self.headers.get("Content-Length") or 0)
+                body = json.loads(self.rfile.read(length)) if length else None
+                head.asked.append((self.command, self.path, body))
+                data = json.dumps(answers.get(self.path.partition("?")[0], {})).encode()
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            do_GET = do_POST = do_DELETE = answer
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def launcher(self, **options: Any) -> RayLauncher:
+        return RayLauncher(self.address, "x", owner="one", ticket=lambda worker, token: "t", **options)
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def job(name: str, status: str, *, owner: str = "one", **more: Any) -> dict[str, Any]:
+    about = {"flash_owner": owner, "flash_worker": name}
+    return {"submission_id": name, "status": status, "metadata": about, **more}
+
+
+NODES = {"bb" * 28: {"GPU": 2, "CPU": 16, "memory": 1e11}, "aa" * 28: {"CPU": 9, "memory": 8e9}}
+
+
+@pytest.fixture
+def head() -> Iterator[Any]:
+    opened: list[Head] = []
+
+    def make(*jobs: dict[str, Any]) -> Head:
+        opened.append(Head(NODES, list(jobs)))
+        return opened[-1]
+
+    yield make
+    for each in opened:
+        each.close()
+
+
+def test_gpus_come_before_cpus_and_a_job_asks_for_its_node_and_device(head: Any):
+    there = head()
+    ray = there.launcher()
+    gpus, cpus = ["cuda:bbbbbbbb.0", "cuda:bbbbbbbb.1"], ["cpu:aaaaaaaa.0", "cpu:aaaaaaaa.1"]
+    assert ray.devices() == gpus
+    assert [(found.kind, found.memory >> 20) for found in ray.describe()] == [("NVIDIA L4", 23034)] * 2
+    both = there.launcher(kinds=("cpu", "cuda"), pip=("flash-lora",))
+    assert both.devices() == [*cpus, *gpus]
+    assert [(found.cores, found.memory) for found in both.describe()[:2]] == [(4, 4 * 10**9)] * 2
+    for device in (gpus[0], cpus[0]):
+        both.launch(LaunchRequest(f"flash-1-{device[:2]}000000.1", "http://plane", TOKEN, "/", device))
+    on_gpu, on_cpu = [body for method, _, body in there.asked if method == "POST"]
+    assert on_gpu["entrypoint_num_gpus"] == 1 and "entrypoint_num_cpus" not in on_gpu and "--cpus" not in str(on_gpu)
+    assert on_cpu["entrypoint_num_cpus"] == 4 and on_cpu["entrypoint"].endswith("--cpus 4")
+    assert on_gpu["entrypoint_label_selector"] == {"ray.io/node-id": "bb" * 28}
+    assert on_gpu["runtime_env"]["pip"] == ["flash-lora"] and on_gpu["runtime_env"]["env_vars"][TICKET] == "t"
+    assert TOKEN not in str(there.asked)
+
+
+def test_a_node_that_lost_a_job_gets_none_for_a_while(head: Any):
+    for code in (None, NODE_GONE):
+        lost = job("flash-1-00000000.1", "FAILED", driver_exit_code=code, driver_node_id="aa" * 28)
+        ray = head(lost).launcher(kinds=["cpu"])
+        assert len(ray.devices()) == 2
+        assert ray.list() == {} and ray.devices() == []
+    failed = job("flash-1-00000000.1", "FAILED", driver_exit_code=3, driver_node_id="aa" * 28)
+    ray = head(failed).launcher(kinds=["cpu"])
+    assert ray.list() == {} and len(ray.devices()) == 2
+
+
+def test_own_jobs_that_ended_long_ago_are_removed_from_ray(head: Any):
+    hour_ago, now = (time.time() - 4000) * 1000, time.time() * 1000
+    there = head(
+        job("old", "SUCCEEDED", end_time=hour_ago), job("new", "FAILED", end_time=now), job("live", "RUNNING"),
+        job("theirs", "SUCCEEDED", owner="two", end_time=hour_ago), {"submission_id": "x", "status": "STOPPED"},
+        {"submission_id": None, "status": "RUNNING"},
+    )  # fmt: skip
+    assert there.launcher().list() == {"live": "live"}
+    assert [path for method, path, _ in there.asked if method == "DELETE"] == ["/api/jobs/old"]
 
 
 def test_a_head_that_is_not_there_is_unknown_and_costs_little():

@@ -28,7 +28,7 @@ SUPERVISOR = (sys.executable, "-P", "-m", "flash.worker.supervisor")
 ENGINE_HOST = (sys.executable, "-P", "-m", "flash.serving.host")
 MARK = "FLASH_ATTEMPT_ID"
 # These have a way of their own into a worker (its claim), or none at all.
-_WITHHELD = ("FREESOLO_API_KEY", "WANDB_API_KEY", "GITHUB_TOKEN", "FLASH_API_URL")
+WITHHELD = ("FREESOLO_API_KEY", "WANDB_API_KEY", "GITHUB_TOKEN", "FLASH_API_URL")
 
 
 class LocalLauncher:
@@ -208,7 +208,7 @@ def _supervisor(handle: str) -> psutil.Process | None:
 
 def _worker_environment(request: LaunchRequest) -> dict[str, str]:
     """The server's environment with the attempt's mark and its own device alone in sight."""
-    kept = {name: value for name, value in os.environ.items() if name not in _WITHHELD}
+    kept = {name: value for name, value in os.environ.items() if name not in WITHHELD}
     visible = request.device.removeprefix("cuda:") if request.device.startswith("cuda:") else ""
     own = {MARK: request.attempt_id, "CUDA_VISIBLE_DEVICES": visible, "PYTHONUNBUFFERED": "1"}
     return {**kept, "CUDA_DEVICE_ORDER": "PCI_BUS_ID", **own}

@@ -34,7 +34,7 @@ import psutil
 from flash.catalog.catalog import flash_home
 from flash.launching.accounts import remove_quarters
 from flash.launching.lineage import adopt_orphans, alive, ancestors, die_with
-from flash.launching.local import ENGINE_HOST, MARK, SUPERVISOR
+from flash.launching.local import ENGINE_HOST, MARK, SUPERVISOR, WITHHELD
 from flash.launching.ray import NODE_GONE, TICKET
 
 REFUSED, UNREACHABLE, STOPPED = 3, 4, 143
@@ -144,7 +144,7 @@ def worker_environment(inherited: dict[str, str], worker_id: str, cpus: int | No
 
     `cpus`: of a slot without a GPU. On a GPU it is Ray that says which one, in CUDA_VISIBLE_DEVICES.
     """
-    withheld = ("OMP_NUM_THREADS", "PYTHONBREAKPOINT", TICKET)  # the first two are Ray's doing
+    withheld = (*WITHHELD, TICKET, "OMP_NUM_THREADS", "PYTHONBREAKPOINT")  # the last two are Ray's doing
     kept = {name: value for name, value in inherited.items() if name not in withheld and not name.startswith("RAY_")}
     own = {MARK: worker_id, "CUDA_DEVICE_ORDER": "PCI_BUS_ID", "PYTHONUNBUFFERED": "1"}
     if cpus:
