@@ -78,7 +78,7 @@ class Entry:
             try:
                 answer = httpx.post(url, headers=headers, timeout=15, trust_env=False)
                 if answer.is_success:
-                    return {**answer.json(), **self._own()}
+                    return self._here(answer.json())
                 problem = f"{answer.status_code} {answer.text:.200}"
                 if answer.status_code < 500 and answer.status_code != 429:
                     self._give_up(f"the control plane refuses {self._id}: {problem}", REFUSED)
@@ -88,12 +88,12 @@ class Entry:
                 self._give_up(f"the control plane at {self._plane} can't be reached: {problem}", UNREACHABLE)
             time.sleep(1.0)
 
-    def _own(self) -> dict[str, Any]:
-        work_dir = {"work_dir": str(self._work_dir)}
-        if self._kind == "attempt":
-            return work_dir
-        threads = {"threads": self._cpus} if self._cpus else {}
-        return {**work_dir, **threads, "cache_dir": str(flash_home() / "cache"), "bind": _address_towards(self._plane)}
+    def _here(self, hello: dict[str, Any]) -> dict[str, Any]:
+        own = {**hello, "work_dir": str(self._work_dir)}
+        if self._kind == "engine":
+            own |= {"cache_dir": str(flash_home() / "cache"), "bind": _address_towards(self._plane)}
+            own["threads"] = own["threads"] or self._cpus or 0
+        return own
 
     def _worker(self, hello: dict[str, Any]) -> subprocess.Popen[bytes]:
         parent = os.getpid()
