@@ -34,6 +34,7 @@ PUBLIC = {
 ABOVE_MEMBERS = {
     ("POST", "/api/orgs"): Role.OWNER,
     ("GET", "/api/orgs"): Role.OWNER,
+    ("PATCH", "/api/orgs/{org}"): Role.OWNER,
     ("DELETE", "/api/orgs/{org}"): Role.OWNER,
     ("POST", "/api/server/stop"): Role.OWNER,
     ("POST", "/api/keys"): Role.ADMIN,
@@ -102,6 +103,7 @@ def test_roles_are_held_to(team: Team):
         ("POST", "/api/keys", {"name": "one more"}, Role.ADMIN),
         ("GET", "/api/orgs", None, Role.OWNER),
         ("POST", "/api/orgs", {"name": "beta"}, Role.OWNER),
+        ("PATCH", "/api/orgs/acme", {"share": 2}, Role.OWNER),
         ("POST", "/api/server/stop", None, Role.OWNER),
     ]
     for method, path, body, needed in asked:
@@ -202,10 +204,11 @@ def test_another_orgs_object_is_a_404_on_every_route_that_names_one(two):
         path = route.path.replace("{path:path}", ids["path"]).replace("{name:path}", ids["run_id"])
         unknown = [name for name in route.param_convertors if f"{{{name}}}" in path and name not in ids]
         assert unknown == [], f"{route.path}: say here what of another org {unknown} is"
-        answer = team.call(mine, method, path.format(**ids), json={})
+        body = {"priority": "low"} if route.path.endswith("/priority") else {}
+        answer = team.call(mine, method, path.format(**ids), json=body)
         if role_of(route, method) == "worker":
             assert answer.status_code == 401, (method, path)
-        elif (method, route.path) == ("DELETE", "/api/orgs/{org}"):
+        elif route.path == "/api/orgs/{org}":
             assert answer.status_code == 403
         elif (method, route.path) == ("POST", "/api/environments/{namespace}/{name}"):
             assert answer.status_code == 422  # the one that makes what it names

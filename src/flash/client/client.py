@@ -31,6 +31,8 @@ from flash.records import (
     EventKind,
     KeepRequest,
     Manifest,
+    Priority,
+    PriorityRequest,
     Record,
     RetryRequest,
     RunState,
@@ -138,7 +140,7 @@ class FlashClient:
     def submit(self, request: SubmitRequest, *, idempotency_key: str | None = None) -> RunStatus:
         """Submits a run; repeated with one key when the connection fails, so at most one run comes of it."""
         key = idempotency_key or uuid.uuid4().hex
-        body = request.model_dump(mode="json")
+        body = request.model_dump(mode="json", exclude_defaults=True)  # an older server takes no keys it doesn't know
         return self._record(RunStatus, "POST", "/api/runs", json=body, headers={"Idempotency-Key": key}, safe=True)
 
     def runs(self, *, limit: int = 50, before: str | None = None) -> list[RunSummary]:
@@ -163,6 +165,11 @@ class FlashClient:
         """How long the run's files are kept after its end."""
         body = KeepRequest(pinned=pinned, days=days).model_dump(mode="json")
         return self._record(RunStatus, "POST", f"/api/runs/{_part(run_id)}/keep", json=body, safe=True)
+
+    def set_priority(self, run_id: str, priority: Priority) -> RunStatus:
+        """Its place among its org's own runs."""
+        body = PriorityRequest(priority=priority).model_dump(mode="json")
+        return self._record(RunStatus, "POST", f"/api/runs/{_part(run_id)}/priority", json=body, safe=True)
 
     def checkpoints(self, run_id: str) -> list[Checkpoint]:
         """Complete, verified checkpoints, oldest first."""
