@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 
@@ -10,6 +11,9 @@ from sqlalchemy.engine import URL
 from tests.team.postgres import Postgres
 
 from flash.storage.database import Database
+
+# Servers of tests that train nothing need not load torch; those that do train begin without FLASH_ variables.
+os.environ.setdefault("FLASH_SERVER_PRELOAD", "false")
 
 
 @pytest.fixture(scope="session")

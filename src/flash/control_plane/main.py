@@ -33,6 +33,7 @@ from flash.control_plane.settings import ServerSettings
 from flash.errors import ConfigError, FlashError, InvalidInput
 from flash.launching.accounts import check_account
 from flash.launching.launcher import Launcher
+from flash.launching.preload import Preloaded
 from flash.storage import audit, deployments, engines, identity, runs
 
 log = logging.getLogger("flash.server")
@@ -188,7 +189,10 @@ def serve(settings: ServerSettings, *, config: Path | None = None, launcher: Lau
         check_account(settings.host_user)
         settings.home.mkdir(parents=True, exist_ok=True)
         settings.home.chmod(0o700)  # whoever made it, and however: all below it is nobody else's
-    plane = open_services(settings, launcher=launcher)
+    preloaded = Preloaded(settings.home / "logs" / "preloaded.log")
+    if settings.preload and launcher is None and settings.devices != ():
+        preloaded.start()
+    plane = open_services(settings, launcher=launcher, preloaded=preloaded)
     try:
         kept = read_address(settings.home / "server.json")
         token = kept.token if kept else machine_token(settings.home)
@@ -212,6 +216,7 @@ def serve(settings: ServerSettings, *, config: Path | None = None, launcher: Lau
             signal.signal(number, lambda *_: plane.stopping.set())
         Server(options, plane, activity, address, config).run(sockets=[listener])
     finally:
+        preloaded.close()
         plane.close()
         log.info("ended")
 

@@ -19,6 +19,7 @@ from flash.control_plane.tailing import Tails
 from flash.control_plane.traffic import Traffic
 from flash.launching.launcher import Launcher
 from flash.launching.local import LocalLauncher
+from flash.launching.preload import Preloaded
 from flash.storage.database import Database
 from flash.storage.vault import Vault
 
@@ -59,7 +60,11 @@ class Services:
 
 
 def open_services(
-    settings: ServerSettings, *, launcher: Launcher | None = None, stopwatches: Stopwatches | None = None
+    settings: ServerSettings,
+    *,
+    launcher: Launcher | None = None,
+    preloaded: Preloaded | None = None,
+    stopwatches: Stopwatches | None = None,
 ) -> Services:
     """Opens (and at first makes) everything under the settings' home."""
     settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -70,7 +75,7 @@ def open_services(
         database=database,
         store=Store(settings.store, settings.store_options),
         vault=Vault.open(settings.vault_key),
-        launcher=launcher or LocalLauncher(settings.home / "work", devices=settings.devices),
+        launcher=launcher or LocalLauncher(settings.home / "work", devices=settings.devices, preloaded=preloaded),
         stopwatches=watches,
         traffic=Traffic(watches, settings.max_requests),
         fetches=threading.BoundedSemaphore(settings.github_fetches),

@@ -132,6 +132,11 @@ class ServerSettings(BaseModel):
     is kept from the server's files and keys, its workers and other runs. Server and workers have to be root for it.
     Left out: environments run as the server does."""
 
+    preload: bool = True
+    """Keep a process that has loaded what trainers need (torch, transformers), from which workers on this machine are
+    forked: a run starts some seconds sooner, for 200 to 300 MB of memory while the server lives. Linux only; without
+    it, and elsewhere, each worker loads that anew."""
+
     # --- Workers: leases, patience, retries
 
     heartbeat_s: float = Field(default=5.0, gt=0)

@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 
@@ -65,6 +65,7 @@ from flash.worker.settings import WorkerSettings
 from flash.worker.trainer import OUT_OF_MEMORY_STATUS, is_full_disk
 from flash.worker.trainer_process import (
     TRAINER,
+    StandBy,
     TrainerProcess,
     adopt_orphans,
     trainer_environment,
@@ -191,13 +192,13 @@ class Supervisor:
         settings: WorkerSettings,
         environ: Mapping[str, str],
         *,
-        trainer: Sequence[str] = TRAINER,
+        trainer: Sequence[str] | StandBy = TRAINER,
         sinks: SinkFactory = lambda claim, work_dir, settings, warn: (),
     ) -> None:
         self._start = start
         self._settings = settings
         self._environ = environ
-        self._trainer_command = trainer
+        self._trainer_program = trainer
         self._make_sinks = sinks
         self._work_dir = Path(start.work_dir)
         self._api = WorkerApi(start.api_url, start.attempt_id, start.token, settings)
@@ -308,11 +309,11 @@ class Supervisor:
         uploader.start()
         self._uploader = uploader
         self._set_phase({"phase": Phase.PREPARING_ENVIRONMENT.value})
-        threads = settings.threads or _usable_cpus()
+        threads = settings.threads or usable_cpus()
         trainer_dir = self._work_dir / "trainer"
         trainer_dir.mkdir(parents=True, exist_ok=True)
         self._trainer = TrainerProcess(
-            self._trainer_command,
+            self._trainer_program,
             work_dir=trainer_dir,
             environment={
                 **trainer_environment(self._environ, device=self._start.device, threads=threads),
@@ -742,7 +743,7 @@ def _unsaved(error: FlashError | None) -> Verdict:
     return Verdict("failed", FailureKind.INFRASTRUCTURE, lost)
 
 
-def _usable_cpus() -> int:
+def usable_cpus() -> int:
     """CPUs that this process may really use: affinity, and a container's quota."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with contextlib.suppress(OSError, ValueError):
@@ -767,7 +768,7 @@ def _say(text: str, status: int) -> int:
     return status
 
 
-def main(trainer: Sequence[str] = TRAINER) -> None:
+def main(trainer: Sequence[str] | StandBy = TRAINER) -> NoReturn:
     environ = dict(os.environ)
     try:
         start = Start.parse(sys.stdin.buffer.readline(1 << 20))

@@ -23,7 +23,7 @@ import threading
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 
@@ -219,7 +219,7 @@ def make_repeatable(seed: int, *, threads: int) -> None:
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(seed % 2**32)
     torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms does this, and imports the compiler
 
 
 def _memory() -> int:
@@ -263,6 +263,11 @@ def main() -> None:
     parser.add_argument("--fd", type=int, required=True)
     fd = parser.parse_args().fd
     os.set_inheritable(fd, False)
+    serve(socket.socket(fileno=fd))
+
+
+def serve(sock: socket.socket) -> NoReturn:
+    """One training for the supervisor at the other end; ends the process."""
     stop = threading.Event()
     jobs: queue.SimpleQueue[Frame] = queue.SimpleQueue()
 
@@ -272,7 +277,7 @@ def main() -> None:
         elif frame.get("type") == "stop":
             stop.set()
 
-    channel = Channel(socket.socket(fileno=fd), on_frame=on_frame, on_close=lambda: os._exit(1)).start()
+    channel = Channel(sock, on_frame=on_frame, on_close=lambda: os._exit(1)).start()
     _import_training()
     outcome = run(jobs.get(), channel, stop)
     sys.stdout.flush()
