@@ -14,6 +14,7 @@ from flash.training import forward
     "function",
     [
         copied_layers.decode_step,
+        copied_layers.prefill,
         sampling._choose_plainly,
         forward._adapted,
         forward._adapted_backward,
