@@ -205,9 +205,9 @@ class Supervisor:
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()  # the one queue that signal handlers may use
         self._gone = threading.Event()
         self._pulse = Pulse()
-        self._gate = threading.Lock()            # guards the three below
+        self._gate = threading.RLock()           # guards the three below
         self._environment_ready = threading.Event()
-        self._held_phase: dict[str, Any] | None = None
+        self._held_phases: list[dict[str, Any]] = []
         self._shown_phase: dict[str, Any] | None = None
         self._host: EnvironmentHost | None = None
         self._has_quarters = False               # a folder of the host's user, outside the work folder
@@ -403,8 +403,8 @@ class Supervisor:
         failpoint("supervisor.ready")
         with self._gate:
             self._environment_ready.set()
-            held = self._held_phase or {"phase": Phase.LOADING_MODEL.value}  # its imports are part of that
-        self._set_phase(held)
+            for held in self._held_phases or [{"phase": Phase.LOADING_MODEL.value}]:  # its imports are part of that
+                self._set_phase(held)
 
     def _send_job(self, threads: int) -> None:
         """Fetches what the trainer starts from, and hands it the job."""
@@ -518,7 +518,7 @@ class Supervisor:
         self._training_began |= phase is Phase.TRAINING
         with self._gate:
             if not self._environment_ready.is_set() and phase is not Phase.PREPARING_ENVIRONMENT:
-                self._held_phase = data
+                self._held_phases.append(data)
                 self._pulse.advance()
                 return
             shown = {"phase": phase.value, "total_steps": data.get("total_steps")}
