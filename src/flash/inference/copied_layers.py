@@ -14,32 +14,6 @@ from torch import Tensor
 from flash.inference.scripting import scripted
 
 
-class Norms:
-    """A layer's norms, each as one operation."""
-
-    def __init__(self, layer: Any) -> None:
-        attention = layer.self_attn
-        self._norms = layer.input_layernorm, layer.post_attention_layernorm
-        self.qk_weight: Tensor | None = None
-        self.qk_epsilon = 0.0
-        if hasattr(attention, "q_norm"):
-            queries = attention.q_proj.out_features // attention.head_dim
-            keys = attention.k_proj.out_features // attention.head_dim
-            self.qk_weight = torch.stack([attention.q_norm.weight] * queries + [attention.k_norm.weight] * keys)
-            self.qk_epsilon = attention.q_norm.variance_epsilon
-
-    def attention_norm(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self._norms[0])
-
-    def mlp_norm(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self._norms[1])
-
-    def qk_norm(self, qk: Tensor, heads: int) -> Tensor:
-        if self.qk_weight is None:
-            return qk
-        return F.rms_norm(qk, qk.shape[-1:], None, self.qk_epsilon) * self.qk_weight
-
-
 class Weights(NamedTuple):
     """A layer's weights [out, in] with the worn adapter's update added, and the norms before them multiplied in."""
 
@@ -60,21 +34,30 @@ def copied(layer: Any) -> Weights:
     """A layer's weights as it wears its adapter now. The base is never written to, and in fp32 adding costs no
     precision."""
     attention, mlp = layer.self_attn, layer.mlp
-    norms = Norms(layer)
+    qk_norm, qk_epsilon = stacked_qk_norm(attention)
     qkv, qkv_bias = _stacked(attention.q_proj, attention.k_proj, attention.v_proj)
     out, out_bias = _stacked(attention.o_proj)
     gate_up, gate_up_bias = _stacked(mlp.gate_proj, mlp.up_proj)
     down, down_bias = _stacked(mlp.down_proj)
     size, width = qkv.shape[1], attention.head_dim
-    epsilon, qk_norm = layer.input_layernorm.variance_epsilon, norms.qk_weight
     return Weights(
-        epsilon=qkv.new_full((1, 1), epsilon * size),
+        epsilon=qkv.new_full((1, 1), layer.input_layernorm.variance_epsilon * size),
         qk_norm=None if qk_norm is None else qk_norm * width**0.5,
-        qk_epsilon=qkv.new_full((1, 1), norms.qk_epsilon * width),
+        qk_epsilon=qkv.new_full((1, 1), qk_epsilon * width),
         qkv=qkv.mul_(layer.input_layernorm.weight * size**0.5), out=out,
         gate_up=gate_up.mul_(layer.post_attention_layernorm.weight * size**0.5), down=down,
         qkv_bias=qkv_bias, out_bias=out_bias, gate_up_bias=gate_up_bias, down_bias=down_bias,
     )  # fmt: skip
+
+
+def stacked_qk_norm(attention: Any) -> tuple[Tensor | None, float]:
+    """The weights [heads + kv heads, head dim] of the norms of queries and keys, if the layout has any, and epsilon."""
+    if not hasattr(attention, "q_norm"):
+        return None, 0.0
+    queries = attention.q_proj.out_features // attention.head_dim
+    keys = attention.k_proj.out_features // attention.head_dim
+    weights = [attention.q_norm.weight.detach()] * queries + [attention.k_norm.weight.detach()] * keys
+    return torch.stack(weights), attention.q_norm.variance_epsilon
 
 
 def copied_head(model: Any) -> Tensor:
@@ -174,10 +157,6 @@ def decode_step(
         gate, up = F.linear(_unit(x, layer.epsilon), layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
         x = x + F.linear(F.silu(gate).mul_(up), layer.down, layer.down_bias)
     return F.linear(_unit(x, layers[0].epsilon), head_V_H)
-
-
-def rms_norm(x: Tensor, norm: Any) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
 
 
 def _stacked(*linears: Any) -> tuple[Tensor, Tensor | None]:

@@ -126,11 +126,11 @@ def choose(
 @scripted
 def _choose_plainly(logits_B_V: Tensor, u_B_1: Tensor) -> tuple[Tensor, Tensor]:
     """`choose` with nothing but draws at temperature 1."""
-    probs_B_V = torch.softmax(logits_B_V.float(), dim=-1)
-    cumulative_B_V = probs_B_V.cumsum(dim=-1, dtype=torch.float64)
+    logprobs_B_V = torch.log_softmax(logits_B_V.float(), dim=-1)
+    cumulative_B_V = logprobs_B_V.exp().cumsum(dim=-1, dtype=torch.float64)
     tokens_B_1 = torch.searchsorted(cumulative_B_V, u_B_1 * cumulative_B_V[:, -1:], right=True)
     tokens_B_1 = tokens_B_1.clamp_(max=logits_B_V.shape[1] - 1)
-    return tokens_B_1.squeeze(1), probs_B_V.gather(1, tokens_B_1).log_().squeeze(1)
+    return tokens_B_1.squeeze(1), logprobs_B_V.gather(1, tokens_B_1).squeeze(1)
 
 
 class Draws:

@@ -167,6 +167,8 @@ async def _serve(
     )
     server = uvicorn.Server(config)
     listening = socket.socket()
+    # asyncio sees to this only for sockets made otherwise; without it each piece of a stream waits for an ACK, 40 ms
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     listening.bind(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{listening.getsockname()[1]}"
     serving = asyncio.create_task(server.serve(sockets=[listening]))
