@@ -25,7 +25,7 @@ class Preloaded:
     """At most one such process. Methods are safe from several threads; `fork` waits for the loading."""
 
     def __init__(
-        self, log: Path, *, program: Sequence[str] = PROGRAM, load_s: float = 10.0, answer_s: float = 5.0
+        self, log: Path, *, program: Sequence[str] = PROGRAM, load_s: float = 30.0, answer_s: float = 5.0
     ) -> None:
         self._log = log
         self._program = tuple(program)

@@ -29,23 +29,25 @@ from typing import NoReturn
 
 from flash import failpoints
 from flash.failpoints import MARK
-from flash.worker.supervisor import main as supervise
-from flash.worker.supervisor import usable_cpus
-from flash.worker.trainer import serve
-from flash.worker.trainer_process import StandBy, die_with, trainer_environment
+from flash.worker.trainer_process import StandBy, die_with, trainer_environment, usable_cpus
 
 _ROOM = 256  # bytes for an attempt's id
 _NO_MARK = "-"
 
 
 def load() -> None:
-    """All that a trainer imports until its first step. No tensor is computed: that would start threads."""
+    """All that a trainer imports until its first step. No tensor is computed: that would start threads.
+
+    Imports make many objects and no garbage: looking for it in between would take a fourth of the time.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
     import flash.training.evaluation
     import flash.training.grpo
-    import flash.training.sft  # noqa: F401
+    import flash.training.sft
+    import flash.worker.supervisor
+    import flash.worker.trainer  # noqa: F401
     from flash.catalog.catalog import PACKAGE_FOLDER
     from flash.inference.chat import ChatRenderer
     from flash.inference.loading import describe
@@ -54,6 +56,18 @@ def load() -> None:
     ChatRenderer(nano.tokenizer).render_prompt([{"role": "user", "content": "?"}])
     with torch.device("meta"):
         AutoModelForCausalLM.from_config(nano.config, attn_implementation="sdpa")
+
+
+def supervise(trainer: StandBy) -> NoReturn:
+    from flash.worker.supervisor import main
+
+    main(trainer)
+
+
+def serve(channel: socket.socket) -> NoReturn:
+    from flash.worker.trainer import serve
+
+    serve(channel)
 
 
 @dataclass(frozen=True)
@@ -74,12 +88,13 @@ def main(work: Work | None = None) -> None:
     if len(os.environ.get(MARK, "")) != _ROOM:
         _start_bare(arguments.fd, arguments.parent)
     die_with(arguments.parent)
+    gc.disable()
     os.set_inheritable(arguments.fd, False)
     work.load()
     _show_mark(_NO_MARK)
     _refuse_if_unfit()
-    gc.collect()
     gc.freeze()  # a collection in a fork would write to, and so copy, every page that holds an object
+    gc.enable()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # forks are reaped by the kernel
     _answer(socket.socket(fileno=arguments.fd), work)
 

@@ -69,6 +69,7 @@ from flash.worker.trainer_process import (
     TrainerProcess,
     adopt_orphans,
     trainer_environment,
+    usable_cpus,
 )
 from flash.worker.uploading import LocalCheckpoint, Uploader
 from flash.worker.wandb_sink import sinks_for
@@ -741,16 +742,6 @@ def _unsaved(error: FlashError | None) -> Verdict:
         return Verdict("failed", FailureKind.INTERNAL, InternalError("the trainer left no final adapter"))
     lost = Unavailable(f"the final adapter could not be uploaded: {error.message}", remedy=error.remedy)
     return Verdict("failed", FailureKind.INFRASTRUCTURE, lost)
-
-
-def usable_cpus() -> int:
-    """CPUs that this process may really use: affinity, and a container's quota."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            cpus = min(cpus, max(1, round(int(quota) / int(period))))
-    return cpus
 
 
 def _oom_kills() -> int:

@@ -100,6 +100,16 @@ def trainer_environment(environ: Mapping[str, str], *, device: str, threads: int
     }
 
 
+def usable_cpus() -> int:
+    """CPUs that this process may really use: affinity, and a container's quota."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            cpus = min(cpus, max(1, round(int(quota) / int(period))))
+    return cpus
+
+
 class StandBy:
     """A trainer that was forked ahead of time and waits to be told its variables and folder; as a Popen, once begun."""
 
