@@ -121,10 +121,23 @@ class WorkerEvent(Record):
     data: dict[str, Any]
 
 
+class ManifestPart(Record):
+    """One object in the store."""
+
+    sha256: str
+    size: int    # bytes
+
+
 class ManifestFile(Record):
     path: str    # relative, e.g. "adapter/adapter_model.safetensors", "state/optimizer.safetensors"
     sha256: str
     size: int    # bytes
+    parts: tuple[ManifestPart, ...] = ()  # of a large file, in order
+
+    @property
+    def objects(self) -> tuple[ManifestPart, ...]:
+        """What the store has of it: its parts, or itself."""
+        return self.parts or (ManifestPart(sha256=self.sha256, size=self.size),)
 
 
 class Manifest(Record):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 from tests.team.servers import Servers, wait_for
 from torture.bucket import Bucket
+from torture.machine import SETTINGS
 
 pytestmark = pytest.mark.slow
 
@@ -23,7 +25,11 @@ TRAIN: dict[str, Any] = {
 def servers(request, tmp_path_factory, team_backing) -> Iterator[Servers]:
     """One server, whose workers reach the bucket by signed addresses, or with its keys."""
     backing = {**team_backing, "FLASH_SERVER_WORKER_STORE": request.param}
-    found = Servers(tmp_path_factory.mktemp(request.param) / "home", backing, FLASH_SERVER_LEASE_S="60")
+    worker = json.dumps({**json.loads(SETTINGS["FLASH_WORKER_SETTINGS"]), "upload_part_bytes": 50_000})
+    found = Servers(
+        tmp_path_factory.mktemp(request.param) / "home", backing, FLASH_SERVER_LEASE_S="60",
+        FLASH_WORKER_SETTINGS=worker,
+    )  # fmt: skip
     try:
         found.start()
         if request.param == "signed":
@@ -68,5 +74,7 @@ def test_a_run_ends_with_the_adapter_it_would_have_had(
     status = servers.ended(run_id)
     assert (status["state"], len(status["attempts"])) == ("done", 1), status["summary"]
     assert servers.adapter(run_id) == adapters["whole"]
+    files = servers.call("GET", f"/api/runs/{run_id}/adapter")["files"]
+    assert max(len(file["parts"]) for file in files) > 1, "its weights went in parts"
     seqs = [event["seq"] for event in servers.events(run_id)]
     assert seqs == list(range(1, len(seqs) + 1))

@@ -142,7 +142,7 @@ class FlashClient:
     def submit(self, request: SubmitRequest, *, idempotency_key: str | None = None) -> RunStatus:
         """Submits a run; repeated with one key when the connection fails, so at most one run comes of it."""
         key = idempotency_key or uuid.uuid4().hex
-        body = request.model_dump(mode="json", exclude_defaults=True)  # an older server takes no keys it doesn't know
+        body = request.model_dump(mode="json")
         return self._record(RunStatus, "POST", "/api/runs", json=body, headers={"Idempotency-Key": key}, safe=True)
 
     def runs(self, *, limit: int = 50, before: str | None = None) -> list[RunSummary]:

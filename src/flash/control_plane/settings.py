@@ -84,9 +84,8 @@ class ServerSettings(BaseModel):
     they leave out comes from the provider's own variables (`AWS_…`)."""
 
     worker_store: Literal["keys", "signed"] = "keys"
-    """How workers reach a bucket. `keys`: with `store_options`, so as the server does, in parts of any size.
-    `signed`: by addresses that the server signs, good for one object of their own run each; an object is 5 GB at most
-    then, and goes in one piece."""
+    """How workers reach a bucket. `keys`: with `store_options`, so as the server does. `signed`: by addresses that the
+    server signs, good for one object of their own run each."""
 
     vault_key_file: Path | None = None
     """The 32 bytes under which secrets are sealed; every server of one database needs the same. Left out: `vault.key`
