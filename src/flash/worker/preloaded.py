@@ -104,16 +104,28 @@ def _start_bare(fd: int, parent: int) -> NoReturn:
     threads = usable_cpus()
     kept = trainer_environment(dict(os.environ), device="", threads=threads)
     os.set_inheritable(fd, True)
+    kept["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # who asks whether there are GPUs asks no driver
     variables = {**kept, MARK: _NO_MARK * _ROOM}  # last, so that nothing follows its room
     os.execve(sys.executable, [*sys.orig_argv, "--parent", str(parent)], variables)
 
 
 def _refuse_if_unfit() -> None:
     threads = len(list(Path("/proc/self/task").iterdir()))
-    gpu = "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized()
-    if threads != 1 or gpu:
-        print(f"a fork would not be whole: {threads} threads, GPU {'touched' if gpu else 'untouched'}", flush=True)
+    if threads != 1 or not _gpu_fit():
+        print(f"a fork would not be whole: {threads} threads, a GPU that {'works' if _gpu_fit() else 'fails'} in it")
+        sys.stdout.flush()
         os._exit(1)  # no thread holds up the end
+
+
+def _gpu_fit() -> bool:
+    """Whether a fork may use a GPU: a driver that was asked anything before the fork works in the parent alone."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return True
+    pid = os.fork()
+    if pid == 0:
+        os._exit(int(torch.cuda._is_in_bad_fork()))
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 def _answer(requests: socket.socket, work: Work) -> None:
