@@ -1,4 +1,4 @@
-"""What grows with a run and what must not: rows, steps, rank, group size and length. `flash/nano` on a CPU, fp32.
+"""What may grow with a run and what must not: rows and steps. `flash/nano` on a CPU, fp32.
 
 A million generated rows must start training within 3 s of a thousand once they have been prepared, with flat memory;
 a long run must keep its speed and memory. Rows go through the real command, and `flash profile` says when the first
@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from benchmarks.measure import ROOT, Spread, run_side, write_result
 
@@ -27,8 +26,6 @@ GOAL_S, GOAL_MEMORY = 3.0, 1.1
 LONG_STEPS = 3_000  # of one row each: the short form of 100,000
 SFT = {"model": str(NANO), "environment": str(ARITHMETIC), "threads": 2, "lora_alpha": 64, "batch_size": 32,
        "max_length": 256, "learning_rate": 1e-3, "warmup_steps": 2, "steps": 8}  # fmt: skip
-GRPO = {"model": str(NANO), "threads": 2, "lora_rank": 32, "lora_alpha": 64, "learning_rate": 1e-4, "prompts": 8,
-        "warmup_steps": 1, "steps": 4, "inputs": [f"What is {n} + {n + 3}?" for n in range(64)]}  # fmt: skip
 ENVIRONMENT = '''
 from freesolo.environments import EnvironmentSingleTurn, RewardResult
 
@@ -61,20 +58,6 @@ def main() -> None:
               f" then {later[name]} s; peak memory {peak:.0f} MB")  # fmt: skip
     print(f"  more rows cost {extra:.3g} s (goal {GOAL_S:g}) and {memory:.3g} times the memory (goal {GOAL_MEMORY:g})")
 
-    curves: dict[str, Any] = {"rank": {}, "group_size": {}, "max_tokens": {}}
-    for rank in (4, 32, 128):
-        done = run_side(sys.executable, "flash_sft.py", {**SFT, "lora_rank": rank})
-        curves["rank"][str(rank)] = {"seconds_per_step": _alone(done["seconds_per_step"])}
-    for size in (2, 8, 16):
-        done = run_side(sys.executable, "flash_grpo.py", {**GRPO, "group_size": size, "max_tokens": 32})
-        curves["group_size"][str(size)] = {"seconds_per_step": _alone(done["seconds_per_step"])}
-    for tokens in (16, 32, 64):
-        done = run_side(sys.executable, "flash_grpo.py", {**GRPO, "group_size": 8, "max_tokens": tokens})
-        curves["max_tokens"][str(tokens)] = {"seconds_per_step": _alone(done["seconds_per_step"])}
-    for name, points in curves.items():
-        shown = ", ".join(f"{at}: {point['seconds_per_step']['median']:.3g} s" for at, point in points.items())
-        print(f"  a step by {name}: {shown}")
-
     job = {**SFT, "lora_rank": 8, "batch_size": 1, "warmup_steps": 0, "steps": LONG_STEPS}
     long = run_side(sys.executable, "flash_long.py", job)
     print(f"  {LONG_STEPS:,} steps: the last tenth takes {long['slower']:.3g} times the first's,"
@@ -93,13 +76,9 @@ def main() -> None:
             f"{LONG_STEPS:,} steps of one row: the last tenth took {long['slower']:.2f} times as long as the first, and"
             f" memory grew by {long['grown_bytes'] / 1e6:.1f} MB.",
         ],
-        "curves": curves, "long": long, "starts": starts,
+        "long": long, "starts": starts,
     })  # fmt: skip
     print(f"  written to {path.relative_to(ROOT.parent)}")
-
-
-def _alone(value: float) -> dict[str, float]:
-    return vars(Spread.of([value]))
 
 
 def _starts(rows: int) -> list[dict[str, float]]:

@@ -39,10 +39,10 @@ CONFIG = ["train", "examples/arithmetic/sft.toml", "--set", "train.max_steps=1"]
 def main() -> None:
     waits: dict[str, list[float]] = {name: [] for name in GOALS}
     with tempfile.TemporaryDirectory() as home:
-        flash(home, "env", "push", "--name", "arithmetic", "examples/arithmetic")
         for _ in range(TIMES):
             waits["--help"].append(timed(home, "--help"))
             waits["train --dry-run"].append(timed(home, *CONFIG, "--dry-run"))
+        flash(home, "env", "push", "--name", "arithmetic", "examples/arithmetic")
         for _ in range(STARTS):
             flash(home, "server", "stop")
             submitted, stepped = first_step(home)

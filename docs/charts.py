@@ -1,4 +1,4 @@
-"""Charts for the pages, as small SVG files: bars with spread, and lengths of time stacked in a row.
+"""Charts for the pages, as small SVG files: bars with spread, lengths of time stacked in a row, and curves.
 
 Owns how a chart looks. Pure text in and out: no script, no font and nothing from a network.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from xml.sax.saxutils import escape
 
 INK, FAINT, GROUND = "#24292f", "#8c959f", "#ffffff"
@@ -67,6 +68,28 @@ def stacks(title: str, rows: Sequence[tuple[str, Sequence[tuple[str, float]]]]) 
     return _svg(title, top, shapes)
 
 
+def panels(title: str, unit: str, curves: Sequence[tuple[str, Sequence[Bar]]]) -> str:
+    """Two curves a row, each over its own values (a bar's label) at even distances and with its own scale from zero."""
+    width, height = (WIDTH - 32) / 2, 190
+    shapes = [_text(16, 24, title, weight="bold")]
+    for place, (name, points) in enumerate(curves):
+        left, top = 16 + place % 2 * width, 40 + place // 2 * height
+        colour = COLOURS[place % len(COLOURS)]
+        scale = (height - 84) / (max((point.high for point in points), default=0.0) or 1.0)
+        ground, apart = top + height - 44, (width - 60) / max(1, len(points) - 1)
+        at = [(left + 26 + place * apart, ground - point.value * scale) for place, point in enumerate(points)]
+        shapes += [_text(left, top + 14, f"{name}, {unit}"), _line(left + 10, ground, left + width - 16, ground)]
+        shapes += [_line(*before, *after, colour=colour) for before, after in pairwise(at)]
+        for point, (x, y) in zip(points, at, strict=True):
+            shapes += [
+                _line(x, ground - point.low * scale, x, ground - point.high * scale),
+                _box(x - 3, y - 3, 6, 6, colour),
+                _text(x, ground - point.high * scale - 6, f"{number(point.value)}", anchor="middle", size=11),
+                _text(x, ground + 16, point.label, anchor="middle", fill=FAINT, size=11),
+            ]
+    return _svg(title, 40 + (len(curves) + 1) // 2 * height, shapes)
+
+
 def number(value: float) -> str:
     """Three digits that count, thousands set apart."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
@@ -91,5 +114,5 @@ def _box(x: float, y: float, width: float, height: float, fill: str, *, tip: str
     return f"{shape}><title>{escape(tip)}</title></rect>" if tip else f"{shape}/>"
 
 
-def _line(x1: float, y1: float, x2: float, y2: float) -> str:
-    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{INK}" stroke-width="1.5"/>'
+def _line(x1: float, y1: float, x2: float, y2: float, *, colour: str = INK) -> str:
+    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{colour}" stroke-width="1.5"/>'

@@ -22,6 +22,7 @@ TITLES = {
     "serve_cpu": "Serving beside `transformers serve`",
     "checkpoint_stall": "Time that training waits for checkpoints",
     "growth": "Growth",
+    "curves": "Curves",
     "waits": "Small waits",
 }
 UNITS = {"rows_per_s": "rows/s", "tokens_per_s": "tokens/s", "seconds": "s", "seconds_per_step": "s/step", "share": ""}
@@ -94,10 +95,10 @@ def _spreads(value: Any, path: tuple[str, ...] = (), goal: float | None = None) 
 
 
 def _charts(name: str, result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(file, SVG): one chart for each kind of figure that has several."""
+    """(file, SVG): one chart for each kind of figure that has several, and one of all curves."""
     kinds: dict[str, list[charts.Bar]] = {}
     for path, spread, _ in _spreads(result):
-        if "ratio" in path or len(path) < 2:
+        if "ratio" in path or len(path) < 2 or path[0] == "curves":
             continue
         label = _words(path[:-1] if path[0] != "results" else path[1:-1])
         bar = charts.Bar(label, spread["median"], spread["minimum"], spread["maximum"])
@@ -107,6 +108,15 @@ def _charts(name: str, result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             unit = UNITS.get(kind, "")
             title = f"{TITLES.get(name, name).replace('`', '')}: {kind.replace('_', ' ')}"
             yield f"bench-{name}-{kind}.svg".replace("_", "-"), charts.bars(title, unit, rows)
+    curves = [
+        (f"by {curve.replace('_', ' ')}", [
+            charts.Bar(at, *(1000 * spread[key] for key in ("median", "minimum", "maximum")))
+            for at, point in points.items() for spread in point.values()
+        ])
+        for curve, points in result.get("curves", {}).items()
+    ]  # fmt: skip
+    if curves:
+        yield f"bench-{name}.svg", charts.panels("A step of flash/nano on a CPU", "ms", curves)
 
 
 def _words(path: tuple[str, ...]) -> str:

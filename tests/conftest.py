@@ -3,14 +3,22 @@ cluster."""
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 from sqlalchemy.engine import URL
 from tests.team.postgres import Postgres
 
 from flash.storage.database import Database
+
+if TYPE_CHECKING:
+    from torture.bucket import Bucket
+
+# Servers of tests that train nothing need not load torch; those that do train begin without FLASH_ variables.
+os.environ.setdefault("FLASH_SERVER_PRELOAD", "false")
 
 
 @pytest.fixture(scope="session")
@@ -36,19 +44,25 @@ def postgres_database(postgres: Postgres, postgres_at_head: str) -> Iterator[URL
 
 
 @pytest.fixture(scope="module")
-def team_backing(postgres: Postgres, postgres_at_head: str) -> Iterator[dict[str, str]]:
-    """What a team's server keeps things in, as variables of its settings: Postgres, and a bucket of moto's."""
+def team_bucket() -> Iterator[Bucket]:
+    """A bucket of moto's, honest until told otherwise."""
     from torture.bucket import Bucket  # it brings moto along, which takes a second
 
-    name = postgres.create(template=postgres_at_head)
     with Bucket(random.Random(0)) as bucket:
-        options = {**bucket.options, "read_timeout": "30s"}  # an honest bucket on a busy machine
-        yield {
-            "FLASH_SERVER_DATABASE_URL": str(postgres.url(name)),
-            "FLASH_SERVER_STORE_URL": bucket.url,
-            "FLASH_SERVER_WORKER_STORE": "signed",
-            "FLASH_SERVER_STORE_OPTIONS": ",".join(f"{key}={value}" for key, value in options.items()),
-        }
+        yield bucket
+
+
+@pytest.fixture(scope="module")
+def team_backing(postgres: Postgres, postgres_at_head: str, team_bucket: Bucket) -> Iterator[dict[str, str]]:
+    """What a team's server keeps things in, as variables of its settings: Postgres, and a bucket."""
+    name = postgres.create(template=postgres_at_head)
+    options = {**team_bucket.options, "read_timeout": "30s"}  # on a busy machine
+    yield {
+        "FLASH_SERVER_DATABASE_URL": str(postgres.url(name)),
+        "FLASH_SERVER_STORE_URL": team_bucket.url,
+        "FLASH_SERVER_WORKER_STORE": "signed",
+        "FLASH_SERVER_STORE_OPTIONS": ",".join(f"{key}={value}" for key, value in options.items()),
+    }
     postgres.drop(name)
 
 

@@ -15,6 +15,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -49,6 +50,8 @@ class Bucket:
         self.slow_s = 0.0  # that every answer's body takes, in trickles
         self.injected: list[str] = []
         self.kill: Kill | None = None
+        self._back: threading.Event | None = None  # None: it is there
+        self._silent = False
         self._lock = threading.Lock()
         self._moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
 
@@ -83,6 +86,23 @@ class Bucket:
             "read_timeout": f"{SILENCE_S}s",
             "max_retries": "1",
         }
+
+    @contextlib.contextmanager
+    def away(self, *, silently: bool = False) -> Iterator[None]:
+        """For so long it takes no request, or (silently) takes them and says nothing until it is back."""
+        self._silent, self._back = silently, threading.Event()
+        try:
+            yield
+        finally:
+            back, self._back = self._back, None
+            back.set()
+
+    def is_away(self) -> bool:
+        """Waits for its return where it is silent."""
+        back = self._back
+        if back is not None and self._silent:
+            back.wait(300)
+        return back is not None
 
     def fault(self, method: str) -> str | None:
         with self._lock:
@@ -124,6 +144,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _pass(self) -> None:
         size = int(self.headers.get("Content-Length") or 0)
+        if self.bucket.is_away():
+            return self._cut()
         fault = self.bucket.fault(self.command)
         if fault == "refused" or self.bucket.deadly(after=False):
             return self._cut()

@@ -11,7 +11,9 @@ from flash.errors import FlashError
 job = json.loads(sys.stdin.read())
 try:
     store = Store(job["url"], job["options"])
-    _, sha256 = write_checkpoint(store, job["run_id"], job["step"], Path(job["folder"]), job["final"], {})
+    _, sha256 = write_checkpoint(
+        store, job["run_id"], job["step"], Path(job["folder"]), job["final"], {}, part_bytes=job["part_bytes"]
+    )
     print(json.dumps({"sha256": sha256}))
 except FlashError as error:
     print(json.dumps({"error": error.to_wire()}))

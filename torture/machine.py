@@ -33,6 +33,7 @@ SETTINGS = {
     "FLASH_SERVER_ORPHAN_GRACE_S": "0.5",
     "FLASH_SERVER_IDLE_EXIT_S": "0",
     "FLASH_SERVER_DEVICES": "cpu",
+    "FLASH_SERVER_PRELOAD": "false",  # so that each process of an attempt is known by its command line
     "FLASH_WORKER_SETTINGS": json.dumps(
         {"threads": 1, "event_interval_s": 0.02, "retry_first_s": 0.05, "retry_most_s": 0.3}
     ),

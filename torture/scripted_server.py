@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from flash.catalog.catalog import flash_home
-from flash.control_plane.main import serve
+from flash.control_plane.listening import serve
 from flash.control_plane.server_config import load_settings
 from flash.launching.local import LocalLauncher
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
-from flash.artifacts.manifests import Damaged, verify, write_checkpoint
+from flash.artifacts.manifests import Damaged, object_digests, verify, write_checkpoint
 from flash.artifacts.store import Store
 from flash.control_plane.checkpoints import find_resume
 from flash.control_plane.cleaning import Cleaner
@@ -30,7 +30,8 @@ from torture.plane import Plane, Worker
 from torture.tally import Tally
 
 FAULTS = ("killed before", "killed halfway", "killed after", "503", "time-out", "disk full", "truncated")
-LARGE = 11 << 20  # bytes: a bucket takes this in three parts
+LARGE = 11 << 20  # bytes: two objects, the first of which a bucket takes in two requests
+PART_BYTES = 6 << 20
 _WRITER = (sys.executable, str(HERE / "bucket_writer.py"))
 
 Write = Callable[[str, int, Path, bool], str]  # run, step, folder, final: the manifest's SHA-256
@@ -132,7 +133,7 @@ def bucket(count: int, seed: int) -> Tally:
         def write(run_id: str, step: int, saved: Path, final: bool) -> str:
             if chance.random() < 0.3:
                 return _write_and_die(failing, run_id, step, saved, final)
-            return write_checkpoint(store, run_id, step, saved, final, {})[1]
+            return write_checkpoint(store, run_id, step, saved, final, {}, part_bytes=PART_BYTES)[1]
 
         return _rounds(Path(place) / "home", store, failing, write, count, large=0.3)
 
@@ -141,7 +142,7 @@ def _write_and_die(failing: Bucket, run_id: str, step: int, saved: Path, final: 
     """The same by a process that is killed at one of its requests, if it makes that many."""
     job = {
         "url": failing.url, "options": failing.options, "run_id": run_id, "step": step, "folder": str(saved),
-        "final": final,
+        "final": final, "part_bytes": PART_BYTES,
     }  # fmt: skip
     with subprocess.Popen(_WRITER, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
         failing.kill = Kill(writer.pid, failing.chance.randint(1, 12), after=failing.chance.random() < 0.5)
@@ -248,12 +249,12 @@ def _leftovers(plane: Plane, run_id: str) -> list[str]:
     store = plane.services.store
     with plane.services.database.read() as connection:
         known = runs.checkpoints_of(connection, run_id)
-        named = {
-            file.sha256
-            for found in known
-            for file in runs.manifest_of(connection, run_id, found.step).files
-            if found.has_state or file.path.startswith("adapter/")
-        }
+        named = set().union(
+            *(
+                object_digests(runs.manifest_of(connection, run_id, found.step), None if found.has_state else "adapter")
+                for found in known
+            )
+        )
     there = {key.rpartition("/")[2] for key in store.list(f"runs/{run_id}/objects")}
     manifests = store.list(f"runs/{run_id}/checkpoints")
     losses = [f"orphan object {name[:12]}" for name in sorted(there - named)]

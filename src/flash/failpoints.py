@@ -79,7 +79,16 @@ def _own_epoch() -> int | None:
 
 
 _lock = threading.Lock()
-_armed = parse(os.environ.get(VARIABLE, ""), epoch=_own_epoch())
+_armed: dict[str, int] = {}
+
+
+def arm() -> None:
+    """Reads the variables anew: for a process that was given them after its start."""
+    _armed.clear()
+    _armed.update(parse(os.environ.get(VARIABLE, ""), epoch=_own_epoch()))
+
+
+arm()
 
 
 def _first_time(name: str) -> bool:

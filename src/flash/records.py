@@ -63,6 +63,23 @@ class FailureKind(StrEnum):
     INTERNAL = "internal"              # a defect of Flash
 
 
+class Priority(StrEnum):
+    """Among the runs of one org: a higher one gets the org's next device, whatever their age."""
+
+    LOW = "low"
+    NORMAL = "normal"
+    HIGH = "high"
+
+    @property
+    def rank(self) -> int:
+        """The higher the sooner; what the database keeps."""
+        return list(Priority).index(self) - 1
+
+    @classmethod
+    def of(cls, rank: int) -> Priority:
+        return list(cls)[rank + 1]
+
+
 class EventKind(StrEnum):
     """`Event.data` by kind:
 
@@ -104,10 +121,23 @@ class WorkerEvent(Record):
     data: dict[str, Any]
 
 
+class ManifestPart(Record):
+    """One object in the store."""
+
+    sha256: str
+    size: int    # bytes
+
+
 class ManifestFile(Record):
     path: str    # relative, e.g. "adapter/adapter_model.safetensors", "state/optimizer.safetensors"
     sha256: str
     size: int    # bytes
+    parts: tuple[ManifestPart, ...] = ()  # of a large file, in order
+
+    @property
+    def objects(self) -> tuple[ManifestPart, ...]:
+        """What the store has of it: its parts, or itself."""
+        return self.parts or (ManifestPart(sha256=self.sha256, size=self.size),)
 
 
 class Manifest(Record):
@@ -208,6 +238,7 @@ class RunStatus(Record):
     error: dict[str, Any] | None  # {code, message, remedy, detail}
     warnings: tuple[str, ...] = ()
     retry_of: str | None = None  # the run from whose exact state this one began
+    priority: Priority = Priority.NORMAL
     managed: ManagedView
 
 
@@ -232,6 +263,7 @@ class SubmitRequest(Record):
     config: dict[str, Any]
     seed: int = Field(default=0, ge=0, lt=2**63)
     secrets: dict[str, str] = Field(default_factory=dict, repr=False)
+    priority: Priority = Priority.NORMAL
 
 
 class RetryRequest(Record):
@@ -245,6 +277,12 @@ class KeepRequest(Record):
 
     pinned: bool = False
     days: float | None = Field(default=None, ge=0, le=36_500)
+
+
+class PriorityRequest(Record):
+    """Body of `POST /api/runs/{id}/priority`."""
+
+    priority: Priority
 
 
 # --- serving ----------------------------------------------------------------------------------------
@@ -325,12 +363,19 @@ class Org(Record):
     name: str  # the namespace of its environments
     created_at: float
     revoked_at: float | None = None
+    share: float = 1.0  # its weight where devices are scarce
 
 
 class OrgRequest(Record):
     """Body of `POST /api/orgs`."""
 
     name: str = Field(max_length=200)
+
+
+class ShareRequest(Record):
+    """Body of `PATCH /api/orgs/{org}`."""
+
+    share: float = Field(ge=0.01, le=100, allow_inf_nan=False)
 
 
 class Key(Record):

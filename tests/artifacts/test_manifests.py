@@ -186,6 +186,84 @@ def test_removing_keeps_what_others_share(store: CountingStore, tmp_path: Path):
     assert len(store.list(f"runs/{RUN}")) == 3  # the other's manifest, weights and card
 
 
+# --- large files ----------------------------------------------------------------------------------------
+
+LARGE = b"".join(b"%09d\n" % number for number in range(100))  # 1,000 bytes, no two parts alike
+
+
+def parted(folder: Path, weights: bytes = LARGE) -> Path:
+    return checkpoint(folder, weights=weights)
+
+
+@pytest.mark.parametrize("size", [1, 299, 300, 301, 600, 1000])
+def test_a_large_file_is_several_objects_and_one_file(store: CountingStore, tmp_path: Path, size: int):
+    source = parted(tmp_path / "source", LARGE[:size])
+    written, sha256 = write_checkpoint(store, RUN, 5, source, False, {}, part_bytes=300)
+    whole, _ = write_checkpoint(Store("memory://"), RUN, 5, source, False, {})
+    assert read_manifest(store, RUN, 5) == (written, sha256)
+    assert [(file.path, file.sha256, file.size) for file in written.files] == [
+        (file.path, file.sha256, file.size) for file in whole.files
+    ]
+    [weights] = [file for file in written.files if file.path == "adapter/model"]
+    expected = [min(300, size - start) for start in range(0, size, 300)]
+    assert [part.size for part in weights.objects] == expected and bool(weights.parts) == (size > 300)
+    verify(store, written, digests=True)
+    fetch_checkpoint(store, written, tmp_path / "fetched")
+    assert tree(tmp_path / "fetched") == tree(source)
+
+
+@pytest.mark.parametrize("survived", range(7))
+def test_an_upload_that_broke_off_goes_on_with_the_parts_that_are_missing(
+    store: CountingStore, tmp_path: Path, survived: int
+):
+    store.fail_at = survived
+    with pytest.raises(Unavailable):
+        write_checkpoint(store, RUN, 5, parted(tmp_path / "first"), False, {}, part_bytes=300)
+    store.fail_at = None
+    # Whoever comes next has the same bytes in another place.
+    manifest, _ = write_checkpoint(store, RUN, 5, parted(tmp_path / "second"), False, {}, part_bytes=300)
+    assert len(store.puts) == len(set(store.puts)) == 7  # four parts, two more files, the manifest
+    verify(store, manifest, digests=True)
+
+
+@pytest.mark.parametrize("body", [None, b"short", b"x" * 300])
+def test_a_part_that_is_damaged_is_told_and_sent_anew(store: CountingStore, tmp_path: Path, body: bytes | None):
+    source = parted(tmp_path / "source")
+    manifest, _ = write_checkpoint(store, RUN, 5, source, False, {}, part_bytes=300)
+    second = next(file for file in manifest.files if file.parts).parts[1]
+    store.delete(object_key(RUN, second.sha256))
+    if body is not None:
+        store.put_bytes(object_key(RUN, second.sha256), body)
+    with pytest.raises(Damaged, match="adapter/model, part 2 of 4, "):
+        verify(store, manifest, digests=True)
+    with pytest.raises((Damaged, NotFound)):
+        fetch_checkpoint(store, manifest, tmp_path / "fetched")
+    assert not (tmp_path / "fetched").exists()
+    if body != b"x" * 300:  # an object of the right size is taken for what it says; its readers check the digest
+        again, _ = write_checkpoint(store, RUN, 5, source, False, {}, part_bytes=300)
+        verify(store, again, digests=True)
+
+
+def test_parts_are_copied_shared_and_removed_as_files_are(store: CountingStore, tmp_path: Path):
+    one, _ = write_checkpoint(store, RUN, 5, parted(tmp_path / "a"), False, {}, part_bytes=300)
+    two, _ = write_checkpoint(store, RUN, 6, parted(tmp_path / "b", LARGE[:600] + b"else"), False, {}, part_bytes=300)
+    assert len(store.list(f"runs/{RUN}/objects")) == 4 + 1 + 2, "the two parts that are alike are stored once"
+    copied, _ = copy_checkpoint(store, one, "flash-1-other000")
+    remove_checkpoint(store, one, keep=[two])
+    verify(store, two, digests=True)
+    verify(store, copied, digests=True)
+    assert len(store.list(f"runs/{RUN}/objects")) == 5
+    remove_checkpoint(store, two, keep=[])
+    assert store.list(f"runs/{RUN}") == []
+
+
+def test_a_file_that_is_not_as_long_as_its_parts_is_damage(store: CountingStore, tmp_path: Path):
+    manifest, _ = write_checkpoint(store, RUN, 5, parted(tmp_path / "a"), False, {}, part_bytes=300)
+    files = tuple(file.model_copy(update={"size": file.size + bool(file.parts)}) for file in manifest.files)
+    with pytest.raises(Damaged, match="not as long as its parts"):
+        verify(store, manifest.model_copy(update={"files": files}))
+
+
 def test_an_empty_folder_is_no_checkpoint(store: CountingStore, tmp_path: Path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InvalidInput, match="no files"):

@@ -181,6 +181,33 @@ def test_retry_makes_a_new_run_of_a_cancelled_one_and_wants_its_secrets_again(fl
         flash("cancel", run["run_id"])
 
 
+def test_priority_is_given_at_submit_and_changed_while_a_run_waits(flash, package, config):
+    assert flash("env", "push", "--name", "urgent", package).exit_code == 0
+    ask = ("train", config, "--background", "--json", "--set", "environment.id=local/urgent")
+    run_id = json.loads(flash(*ask, "--priority", "low").stdout)["run_id"]
+    assert json.loads(flash("status", run_id, "--json").stdout)["priority"] == "low"
+    assert flash("priority", run_id, "high").stdout.startswith(f"{run_id} has priority high: queued; waiting for")
+    assert json.loads(flash("priority", run_id, "normal", "--json").stdout)["priority"] == "normal"
+    for wrong in ((*ask, "--priority", "urgent"), ("priority", run_id, "urgent"), ("priority", run_id)):
+        assert flash(*wrong).exit_code == 2
+    flash("cancel", run_id)
+    while json.loads(flash("status", run_id, "--json").stdout)["state"] != "cancelled":
+        time.sleep(0.05)
+    late = flash("priority", run_id, "high")
+    assert (late.exit_code, len(errors_of(late))) == (1, 1)
+    assert flash("env", "delete", "local/urgent", "-y").exit_code == 0
+
+
+def test_an_orgs_share_is_set_by_the_owner(flash):
+    assert flash("admin", "org", "create", "acme").exit_code == 0
+    assert flash("admin", "org", "share", "acme", "2.5").stdout == "acme has a share of 2.5\n"
+    assert "acme  share 2.5\n" in flash("admin", "org", "list").stdout
+    assert flash("admin", "org", "share", "acme", "0").exit_code == 2
+    assert flash("admin", "org", "share", "nobody", "1").exit_code == 1
+    assert "org=acme share=2.5" in flash("admin", "audit").stdout
+    assert flash("admin", "org", "revoke", "acme").exit_code == 0
+
+
 def test_keep_says_how_long(flash, package, config):
     assert flash("env", "push", "--name", "kept", package).exit_code == 0
     ask = ("train", config, "--background", "--json", "--set", "environment.id=local/kept")

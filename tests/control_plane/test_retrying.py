@@ -42,7 +42,7 @@ def test_a_retry_is_a_new_run_with_the_same_intent_and_the_exact_state(world):
         saved = runs.manifest_of(connection, source, 4)
         pinned = runs.get_run(connection, source).environment_sha256
     assert claim["resume_from"]["step"] == 4
-    assert claim["resume_from"]["files"] == [file.model_dump() for file in saved.files], "state included"
+    assert claim["resume_from"]["files"] == [file.model_dump(mode="json") for file in saved.files], "state included"
     assert claim["environment"]["sha256"] == pinned
 
 

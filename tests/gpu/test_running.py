@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from tests.inference.test_continuous import adapter_folder, engine_of, serve
@@ -21,6 +22,7 @@ from flash.inference.torch_engine import TorchEngine
 from flash.launching.hardware import cuda_devices
 from flash.launching.launcher import LaunchRequest, Probe
 from flash.launching.local import LocalLauncher
+from flash.launching.preload import Preloaded
 
 
 def test_the_driver_s_devices_are_torch_s(on_cuda: None) -> None:
@@ -50,16 +52,21 @@ def plane(tmp_path: Path) -> Iterator[ScriptedPlane]:
     server.server_close()
 
 
+@pytest.mark.parametrize("forked", [False, True])
 def test_a_worker_that_the_launcher_starts_trains_on_its_device(
-    plane: ScriptedPlane, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plane: ScriptedPlane, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forked: bool
 ) -> None:
     monkeypatch.setenv("FLASH_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("FLASH_WORKER_SETTINGS", json.dumps(FAST))
     name = f"cuda:{device.index or 0}" if device.type == "cuda" else str(device)
-    launcher = LocalLauncher(tmp_path / "work", devices=[name])
+    preloaded = Preloaded(tmp_path / "preloaded.log", load_s=300)
+    if forked:
+        preloaded.start()
+    launcher = LocalLauncher(tmp_path / "work", devices=[name], preloaded=preloaded)
     attempt_id = f"{RUN_ID}.{EPOCH}"
     work_dir = tmp_path / "work" / RUN_ID / str(EPOCH)
     handle = launcher.launch(LaunchRequest(attempt_id, plane.url, plane.token, str(work_dir), name))
+    assert not forked or psutil.Process(int(handle.partition(":")[0])).ppid() == preloaded.pid
     try:
         until(lambda: plane.finish is not None or launcher.probe(handle) is Probe.DEAD, timeout_s=600)
         assert plane.finish is not None, (work_dir / "supervisor.log").read_text()
@@ -67,6 +74,7 @@ def test_a_worker_that_the_launcher_starts_trains_on_its_device(
         until(lambda: launcher.probe(handle) is Probe.DEAD, timeout_s=120)
     finally:
         launcher.kill(handle)
+        preloaded.close()
     losses = [data["values"]["loss"] for data in plane.data("metrics") if "loss" in data["values"]]
     assert len(losses) == 4
     assert not [data for data in plane.data("warning") if data["code"] in ("device", "out_of_memory")]

@@ -60,6 +60,7 @@ def test_a_batch_of_any_adapters_gets_each_rows_own_update(worn: list[int | None
         assert torch.allclose(one_each, (base + expected)[::3], atol=1e-4)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, len(ADAPTERS) - 1), max_size=40))
 def test_adapters_come_and_go_and_none_that_is_needed_goes(asked: list[int]) -> None:
     bank = AdapterBank(SITES, device=CPU, dtype=torch.float32, most=2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flash.inference import copied_layers, sampling
+from flash.inference import adapter_updates, copied_layers, mixed_layers, sampling
 from flash.inference.scripting import scripted
 from flash.training import forward
 
@@ -13,7 +13,12 @@ from flash.training import forward
 @pytest.mark.parametrize(
     "function",
     [
+        adapter_updates.add_parts,
+        adapter_updates.add_runs,
         copied_layers.decode_step,
+        copied_layers.prefill,
+        mixed_layers.step_rows,
+        mixed_layers.take_runs,
         sampling._choose_plainly,
         forward._adapted,
         forward._adapted_backward,

@@ -17,10 +17,10 @@ from sqlalchemy.engine import URL, make_url
 
 from flash.errors import Conflict
 from flash.records import RunState
-from flash.storage import events, identity, migrations, runs, schema
+from flash.storage import events, identity, migrations, runs, schema, shares
 from flash.storage.database import Database, normal_url
 
-RELEASED = ("0001", "0002", "0003", "0004", "0005", "0006", "0007")
+RELEASED = ("0001", "0002", "0003", "0004", "0005", "0006", "0007", "0008")
 KEY = "fslo_a-key-of-those-days"
 RUN = "flash-1700000000-0a0b0c0d"
 
@@ -86,7 +86,8 @@ def test_it_grows_into_todays_with_what_is_in_it(empty: URL, revision: str):
         assert compare_metadata(context, schema.metadata) == []
         run = runs.get_run(connection, RUN, org="local")
         assert (run.state, run.seed, run.metrics) == (RunState.QUEUED, 7, {"loss": 1.5})
-        assert (run.pinned, run.gpus, run.key_id) == (False, 0, None)
+        assert (run.pinned, run.gpus, run.key_id, run.priority) == (False, 0, None, 0)
+        assert shares.standings(connection) == {"local": shares.Standing(share=1.0, turn=0.0)}
         assert [event.data["to"] for event in events.read(connection, RUN)] == ["queued"]
         caller = identity.find_caller(connection, KEY)
         assert caller is not None and (caller.org, caller.role.word) == ("local", "owner")

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flash.control_plane.administering import OnTheMachine
 from flash.control_plane.logs import JsonLines
 from flash.control_plane.main import main
 from flash.control_plane.server_config import load_server_config, variable
 from flash.control_plane.settings import ServerSettings
 from flash.errors import ConfigError, InvalidInput
+from flash.records import KeyRequest
 
 WHOLE = """
 home = "data"
@@ -111,6 +116,24 @@ def test_mistakes_never_quote_what_may_be_secret(tmp_path: Path, text: str, word
     assert main(["--config", str(write(tmp_path, f'home = "h"\nlog_to = "file"\n{text}'))]) == 1
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and words in line and "hunter22" not in line
+
+
+def test_a_network_that_could_reach_it_is_refused_before_anybody_has_a_key(tmp_path: Path):
+    """Refused in a line, and on record; a key that was revoked is nobody's."""
+    path = write(tmp_path, 'home = "h"\nhost = "0.0.0.0"\ndevices = []\nlog_to = "file"\n')
+    with closing(OnTheMachine(path)) as there:
+        made = there.create_key(KeyRequest(name="ada", role="admin", org="local"))
+        there.revoke_key(made.key.id, "local")
+    command = [sys.executable, "-P", "-m", "flash.control_plane.main", "--config", str(path)]
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    [line] = refused.stderr.splitlines()
+    assert refused.returncode == 1
+    assert "host = '0.0.0.0': nobody has a key" in line and "flash admin key create" in line
+    with closing(OnTheMachine(path)) as there:
+        [entry] = there.audit(None, 1, None)
+    told = (entry.action, entry.status, entry.actor, entry.object)
+    assert told == ("server start", InvalidInput.status, "server", "0.0.0.0")
+    assert entry.message is not None and "this machine only" in entry.message
 
 
 def test_a_file_that_is_not_there_and_one_that_is_sound(tmp_path: Path, capsys):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +15,8 @@ from typing import Any
 import pytest
 from tests.team.test_retention import DAYS, Made, World, name
 from tests.team.worlds import Team
-from torture.bucket import Bucket
+from torture.bucket import Bucket, Kill
+from torture.machine import HERE
 
 from flash.artifacts.manifests import (
     Damaged,
@@ -28,6 +33,8 @@ from flash.errors import Conflict, InvalidInput, NotFound, Unavailable
 from flash.records import Manifest, ManifestFile, RunState
 
 pytestmark = pytest.mark.slow
+
+WRITER = (sys.executable, str(HERE / "bucket_writer.py"))
 
 
 @pytest.fixture(scope="module")
@@ -170,24 +177,48 @@ def test_an_upload_that_breaks_off_is_tried_again_and_is_whole(bucket: Bucket, t
         for step in range(1, 7):
             while True:
                 try:
-                    manifest, sha256 = write_checkpoint(store, "r", step, folder_of(folder, 300_000), step == 6, {})
+                    saved = folder_of(folder, 300_000)
+                    manifest, sha256 = write_checkpoint(store, "r", step, saved, step == 6, {}, part_bytes=100_000)
                     break
                 except Unavailable as error:
                     assert "\n" not in str(error) and "Signature" not in str(error)
                     failures += 1  # the uploader comes back to it
             bucket.rate, rate = 0.0, bucket.rate
-            assert read_manifest(behind, "r", step) == (manifest, sha256)
-            if "truncated" in bucket.injected:
-                try:
-                    verify(behind, manifest, digests=True)
-                except Damaged:  # seen by size or digest: never taken for whole
-                    manifest, _ = write_checkpoint(store, "r", step, folder, step == 6, {})
+            try:
+                assert read_manifest(behind, "r", step) == (manifest, sha256)
+                verify(behind, manifest, digests=True)
+            except Damaged:  # seen by size or digest: never taken for whole
+                assert "truncated" in bucket.injected
+                manifest, _ = write_checkpoint(store, "r", step, folder, step == 6, {}, part_bytes=100_000)
             verify(behind, manifest, digests=True)
             bucket.rate = rate
     finally:
         bucket.rate = 0.0
     assert len(set(bucket.injected)) >= 4 and failures < 20
     assert len(asked) > len(set(asked)), "some were asked for again"
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["as it begins", "unanswered"])
+def test_what_a_killed_worker_has_sent_is_not_sent_again(bucket: Bucket, tmp_path: Path, after: bool):
+    """A process is killed in the middle of a file; its successor sends the parts that are missing."""
+    folder = folder_of(tmp_path / "made", 9 << 20)
+    store, behind, asked = signed(bucket, tmp_path.name)
+    job = {
+        "url": behind.url, "options": behind.options, "run_id": "r", "step": 3, "folder": str(folder), "final": True,
+        "part_bytes": 1 << 20,
+    }  # fmt: skip
+    with subprocess.Popen(WRITER, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
+        bucket.kill = Kill(writer.pid, 10, after=after)  # it asks before it sends, so that is its fourth part
+        said, _ = writer.communicate(json.dumps(job).encode())
+    assert (writer.returncode, said, bucket.kill) == (-signal.SIGKILL, b"", None)
+    there = set(behind.list("runs/r/objects"))
+    assert len(there) == 4 + after, "the empty file, and parts"
+    with pytest.raises(NotFound):
+        read_manifest(behind, "r", 3)
+    manifest, _ = write_checkpoint(store, "r", 3, folder, True, {}, part_bytes=1 << 20)
+    sent = [entry.removeprefix("PUT ") for entry in asked if entry.startswith("PUT")]
+    assert len(sent) == len(set(sent)) == 9 + 2 - len(there) + 1 and not there & set(sent)
+    verify(behind, manifest, digests=True)
 
 
 def test_bytes_that_are_others_are_noticed(bucket: Bucket, tmp_path: Path):

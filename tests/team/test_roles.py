@@ -34,6 +34,7 @@ PUBLIC = {
 ABOVE_MEMBERS = {
     ("POST", "/api/orgs"): Role.OWNER,
     ("GET", "/api/orgs"): Role.OWNER,
+    ("PATCH", "/api/orgs/{org}"): Role.OWNER,
     ("DELETE", "/api/orgs/{org}"): Role.OWNER,
     ("POST", "/api/server/stop"): Role.OWNER,
     ("POST", "/api/keys"): Role.ADMIN,
@@ -102,6 +103,7 @@ def test_roles_are_held_to(team: Team):
         ("POST", "/api/keys", {"name": "one more"}, Role.ADMIN),
         ("GET", "/api/orgs", None, Role.OWNER),
         ("POST", "/api/orgs", {"name": "beta"}, Role.OWNER),
+        ("PATCH", "/api/orgs/acme", {"share": 2}, Role.OWNER),
         ("POST", "/api/server/stop", None, Role.OWNER),
     ]
     for method, path, body, needed in asked:
@@ -203,15 +205,20 @@ def test_another_orgs_object_is_a_404_on_every_route_that_names_one(two):
         path = route.path.replace("{path:path}", ids["path"]).replace("{name:path}", ids["run_id"])
         unknown = [name for name in route.param_convertors if f"{{{name}}}" in path and name not in ids]
         assert unknown == [], f"{route.path}: say here what of another org {unknown} is"
-        answer = team.call(mine, method, path.format(**ids), json={})
+        body = {"priority": "low"} if route.path.endswith("/priority") else {}
+        address = f"192.0.2.{named + 10}"
+        answer = team.call(mine, method, path.format(**ids), json=body, address=address)
+        refused = 404
         if role_of(route, method) == "worker":
-            assert answer.status_code == 401, (method, path)
-        elif (method, route.path) == ("DELETE", "/api/orgs/{org}"):
-            assert answer.status_code == 403
+            refused = 401
+        elif route.path == "/api/orgs/{org}":
+            refused = 403
         elif (method, route.path) == ("POST", "/api/environments/{namespace}/{name}"):
-            assert answer.status_code == 422  # the one that makes what it names
-        else:
-            assert answer.status_code == 404, (method, path, answer.status_code, answer.text[:200])
+            refused = 422  # the one that makes what it names
+        assert answer.status_code == refused, (method, path, answer.status_code, answer.text[:200])
+        entry = team.audited()[-1]
+        assert (entry.action, entry.status, entry.address) == (f"{method} {route.path}", refused, address)
+        assert entry.org == (None if refused == 401 else "mine"), entry
         named += 1
     assert named >= 12
 
@@ -305,6 +312,56 @@ def test_refusals_have_their_status_and_an_entry(open_team):
     assert len(team.audited()) == before + 9, "nobody asked for nothing"
     text = json.dumps([vars(entry) for entry in team.audited()])
     assert not any(key in text for key in (mine, theirs, spent, revoked, tampered, "fslo_"))
+
+
+def test_a_key_that_is_revoked_or_a_token_that_is_tampered_with_opens_nothing(two):
+    """Every route, each refusal on record; a revoked key is still named there."""
+    team, _, ids = two
+    gone = team.key("mine", Role.ADMIN, name="gone")
+    with team.plane.database.write() as connection:
+        identity.revoke_key(connection, "gone", org="mine", now=2.0)
+    token = team.launcher.requests[ids["attempt_id"]].token
+    tampered = [token[:-1], token + "x", token[:-1] + ("A" if token[-1] != "A" else "B"), token.upper()]
+    asked = 0
+    for method, route in asked_of(team):
+        whose = role_of(route, method)
+        path = route.path.replace("{path:path}", ids["path"]).replace("{name:path}", ids["run_id"])
+        path = path.replace("{engine_id}", "none").format(**ids)
+        for number, key in enumerate(tampered if whose == "worker" else [gone]):
+            address = f"198.51.{number}.{asked % 250 + 1}"
+            answer = team.call(key, method, path, json={}, address=address)
+            assert answer.status_code == (404 if whose == "engine" else 401), (method, path, answer.text[:200])
+            if whose == "engine":
+                continue  # there is none yet: nobody asked for nothing
+            entry = team.audited()[-1]
+            assert (entry.action, entry.status, entry.address) == (f"{method} {route.path}", 401, address)
+            assert entry.name == (None if whose == "worker" else "gone")
+            assert key not in json.dumps(vars(entry)) and token not in json.dumps(vars(entry))
+        asked += 1
+    assert asked > 40
+
+
+def test_a_spent_budget_and_a_full_cap_are_refused_and_on_record_wherever_a_run_is_asked_for(open_team):
+    team: Team = open_team(devices=("cpu",))
+    free = team.key("acme", name="free")
+    team.push(free, "acme")
+    run_id = team.run(free, "acme")
+    assert team.call(free, "POST", f"/api/runs/{run_id}/cancel").status_code == 200
+    team.settle()
+    for name, caps, status, words in (
+        ("spent", {"max_usd": 0.0}, 402, "may cost $0.00 in all"),
+        ("busy", {"max_runs": 0}, 429, "may have 0 run(s)"),
+    ):
+        key = team.key("acme", name=name, **caps)
+        for action in ("POST /api/runs", "POST /api/runs/{run_id}/retry"):
+            retried = action.endswith("/retry")
+            path = f"/api/runs/{run_id}/retry"
+            answer = team.call(key, "POST", path, json={}) if retried else team.submit(key, "acme")
+            assert answer.status_code == status, answer.text
+            entry = team.audited()[-1]
+            assert (entry.action, entry.status, entry.name, entry.org) == (action, status, name, "acme")
+            assert words in (entry.message or "")
+    assert len(team.call(free, "GET", "/api/runs").json()["runs"]) == 1
 
 
 def test_changes_are_on_record_and_looking_is_not(team: Team):

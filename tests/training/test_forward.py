@@ -72,6 +72,36 @@ def test_values_and_gradients_are_the_models_own(layout: str, base: BaseModel) -
     assert all(grad.abs().max() > 1e-4 for grad in ours[1:])
 
 
+@pytest.mark.parametrize(("opening", "split"), [(9, True), (2, False)])
+def test_openings_that_rows_share_change_the_work_and_nothing_else(
+    opening: int, split: bool, base: BaseModel
+) -> None:
+    torch.manual_seed(0)
+    base = based_on(base, MODELS["qwen3"]())
+    policy = build_policy(base, rank=4, alpha=8, seed=0)
+    with torch.no_grad():
+        for pair in policy.adapter.pairs.values():
+            pair.B.normal_(std=0.1)
+    first, second = list(range(3, 3 + opening)), list(range(40, 40 + opening // 2))
+    rows = [first + [7] * 12, [*second, 8, 9, 7], [*first, 9, 8], second + [5] * 9, [*first, 6]]
+    starts = [opening, opening // 2, opening, opening // 2, opening]
+    openings = [(owner, start) for owner, start in zip([0, 1, 0, 1, 0], starts, strict=True)]
+    masks = [[place >= start for place in range(len(row))] for row, start in zip(rows, starts, strict=True)]
+
+    def found(openings: list[tuple[int, int]] | None) -> list[torch.Tensor]:
+        batch = collate(rows, masks, pad_id=0, device=base.device, openings=openings)
+        assert openings is None or (batch.sharing is not None and (batch.sharing.split is not None) == split)
+        logprobs = policy.logprobs(batch)
+        (logprobs * torch.linspace(-1, 2, len(logprobs))).sum().backward()
+        gradients = [weight.grad for weight in policy.parameters()]
+        for weight in policy.parameters():
+            weight.grad = None
+        return [logprobs.detach(), *gradients]
+
+    for one, other in zip(found(openings), found(None), strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
 def test_the_reference_is_the_bare_base_and_the_base_stays_as_it_was(base: BaseModel) -> None:
     weights = {name: value.clone() for name, value in base.model.state_dict().items()}
     policy = build_policy(base, rank=4, alpha=8, seed=0)

@@ -56,7 +56,7 @@ def test_the_second_run_asks_for_nothing_and_trains_to_the_same_bytes(base, many
         digests.append(hashlib.sha256(weights.read_bytes()).hexdigest())
         asked.append(many.asked)
         assert any("⟦" in data["text"] for data in reporter.of("log"))
-    assert asked[0] == asked[2] > 30 and asked[1] == 0
+    assert asked[0] == asked[2] > 1 and asked[1] == 0
     assert len(set(digests)) == 1
     assert len(list((tmp_path / "kept").iterdir())) == 2
 

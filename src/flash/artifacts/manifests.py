@@ -2,6 +2,10 @@
 
 Owns the layout `runs/<run-id>/objects/<sha256>` and `runs/<run-id>/checkpoints/step-<N>.json`, the order of
 writing, and the checks of reading. Knows no database: whoever records a manifest verifies it first.
+
+A large file is several objects, its parts, each by its own digest. That makes an upload resumable on every kind of
+store, by whoever comes next: what broke off goes on with the parts that are missing, be it the same worker or the
+one that follows it and has made the same bytes again.
 """
 
 from __future__ import annotations
@@ -17,12 +21,14 @@ from typing import Literal
 
 from pydantic import ValidationError
 
-from flash.artifacts.store import Store, digest_file, sync_folder
+from flash.artifacts.store import Store, sync_folder
 from flash.errors import Conflict, InvalidInput, NotFound, Unavailable
 from flash.failpoints import failpoint
-from flash.records import Manifest, ManifestFile
+from flash.records import Manifest, ManifestFile, ManifestPart
 
+_CHUNK = 4 << 20  # bytes
 Part = Literal["adapter", "state"]
+PART_BYTES = 64 << 20  # of a large file in one object: what is sent again, at most, when a connection breaks
 
 
 class Damaged(Unavailable):
@@ -44,7 +50,14 @@ def environment_key(sha256: str) -> str:
 
 
 def write_checkpoint(
-    store: Store, run_id: str, step: int, folder: Path, final: bool, metrics: Mapping[str, float]
+    store: Store,
+    run_id: str,
+    step: int,
+    folder: Path,
+    final: bool,
+    metrics: Mapping[str, float],
+    *,
+    part_bytes: int = PART_BYTES,
 ) -> tuple[Manifest, str]:
     """Uploads a checkpoint folder and returns its manifest and the SHA-256 of the manifest's bytes.
 
@@ -54,12 +67,9 @@ def write_checkpoint(
     """
     files: list[ManifestFile] = []
     for path in sorted(found for found in folder.rglob("*") if found.is_file()):
-        sha256, size = digest_file(path)
-        key = object_key(run_id, sha256)
-        if store.size(key) != size:
-            store.put_file(key, path)
-            failpoint("upload.object")
-        files.append(ManifestFile(path=path.relative_to(folder).as_posix(), sha256=sha256, size=size))
+        file = _describe(path, path.relative_to(folder).as_posix(), part_bytes)
+        _put_missing(store, run_id, path, file)
+        files.append(file)
     if not files:
         raise InvalidInput(f"{folder} holds no files: there is no checkpoint to upload")
     manifest = Manifest(
@@ -90,6 +100,39 @@ def write_checkpoint(
     return manifest, hashlib.sha256(body).hexdigest()
 
 
+def _describe(path: Path, name: str, part_bytes: int) -> ManifestFile:
+    """A local file as a manifest has it, read once."""
+    whole, parts = hashlib.sha256(), []
+    with path.open("rb") as source:
+        while True:
+            part, size = hashlib.sha256(), 0
+            while chunk := source.read(min(_CHUNK, part_bytes - size)):
+                part.update(chunk)
+                whole.update(chunk)
+                size += len(chunk)
+            if not size:
+                break
+            parts.append(ManifestPart(sha256=part.hexdigest(), size=size))
+    total = sum(part.size for part in parts)
+    return ManifestFile(path=name, sha256=whole.hexdigest(), size=total, parts=tuple(parts) if len(parts) > 1 else ())
+
+
+def _put_missing(store: Store, run_id: str, path: Path, file: ManifestFile) -> None:
+    """Uploads those of a file's objects that the store does not have."""
+    start = 0
+    for part in file.objects:
+        key = object_key(run_id, part.sha256)
+        if store.size(key) != part.size:
+            if file.parts:
+                with path.open("rb") as source:
+                    source.seek(start)
+                    store.put_bytes(key, source.read(part.size))
+            else:
+                store.put_file(key, path)
+            failpoint("upload.object")
+        start += part.size
+
+
 def read_manifest(store: Store, run_id: str, step: int) -> tuple[Manifest, str]:
     """The manifest and the SHA-256 of its bytes; `NotFound` if the step is not complete."""
     body = store.get_bytes(manifest_key(run_id, step))
@@ -105,13 +148,17 @@ def read_manifest(store: Store, run_id: str, step: int) -> tuple[Manifest, str]:
 def verify(store: Store, manifest: Manifest, *, only: Part | None = None, digests: bool = False) -> None:
     """Checks that every object is there with its size and, with `digests`, its bytes; else `Damaged`."""
     for file in _files(manifest, only):
-        key = object_key(manifest.run_id, file.sha256)
-        size = store.size(key)
-        if size != file.size:
-            have = "is missing" if size is None else f"has {size} bytes, not {file.size}"
-            raise Damaged(f"{manifest.run_id}/step-{manifest.step}: {file.path} {have}")
-        if digests and store.digest(key) != file.sha256:
-            raise Damaged(f"{manifest.run_id}/step-{manifest.step}: {file.path} has other bytes than recorded")
+        if sum(part.size for part in file.objects) != file.size:
+            raise Damaged(f"{manifest.run_id}/step-{manifest.step}: {file.path} is not as long as its parts together")
+        for number, part in enumerate(file.objects, 1):
+            of = f"{file.path}, part {number} of {len(file.parts)}," if file.parts else file.path
+            key = object_key(manifest.run_id, part.sha256)
+            size = store.size(key)
+            if size != part.size:
+                have = "is missing" if size is None else f"has {size} bytes, not {part.size}"
+                raise Damaged(f"{manifest.run_id}/step-{manifest.step}: {of} {have}")
+            if digests and store.digest(key) != part.sha256:
+                raise Damaged(f"{manifest.run_id}/step-{manifest.step}: {of} has other bytes than recorded")
 
 
 def fetch_checkpoint(store: Store, manifest: Manifest, folder: Path, only: Part | None = None) -> None:
@@ -140,16 +187,17 @@ def fetch_checkpoint(store: Store, manifest: Manifest, folder: Path, only: Part 
 def stream_file(store: Store, manifest: Manifest, file: ManifestFile) -> Iterator[bytes]:
     """The file's bytes in chunks; raises `Damaged` at the end if they are not those that were recorded."""
     found = hashlib.sha256()
-    for chunk in store.stream(object_key(manifest.run_id, file.sha256)):
-        found.update(chunk)
-        yield chunk
+    for part in file.objects:
+        for chunk in store.stream(object_key(manifest.run_id, part.sha256)):
+            found.update(chunk)
+            yield chunk
     if found.hexdigest() != file.sha256:
         raise Damaged(f"{manifest.run_id}/step-{manifest.step}: {file.path} has other bytes than recorded")
 
 
 def copy_checkpoint(store: Store, manifest: Manifest, run_id: str) -> tuple[Manifest, str]:
     """Gives another run a checkpoint of its own with the same files; returns its manifest and that one's SHA-256."""
-    for sha256 in {file.sha256 for file in manifest.files}:
+    for sha256 in object_digests(manifest):
         store.copy(object_key(manifest.run_id, sha256), object_key(run_id, sha256))
     copied = manifest.model_copy(update={"run_id": run_id, "created_at": time.time()})
     body = _encode(copied)
@@ -165,19 +213,21 @@ def adapter_only(manifest: Manifest) -> Manifest:
 def remove_checkpoint(store: Store, manifest: Manifest, keep: list[Manifest]) -> None:
     """Removes a checkpoint, manifest first, and the objects that none of `keep` shares."""
     store.delete(manifest_key(manifest.run_id, manifest.step))
-    kept = {file.sha256 for other in keep for file in other.files}
-    for file in manifest.files:
-        if file.sha256 not in kept:
-            store.delete(object_key(manifest.run_id, file.sha256))
+    kept: set[str] = set().union(*(object_digests(other) for other in keep))
+    for sha256 in object_digests(manifest) - kept:
+        store.delete(object_key(manifest.run_id, sha256))
 
 
 def remove_state(store: Store, manifest: Manifest, keep: list[Manifest]) -> None:
     """Removes a checkpoint's optimizer and generator state; its adapter stays."""
-    kept = {file.sha256 for other in keep for file in other.files}
-    kept |= {file.sha256 for file in _files(manifest, "adapter")}
-    for file in _files(manifest, "state"):
-        if file.sha256 not in kept:
-            store.delete(object_key(manifest.run_id, file.sha256))
+    kept = object_digests(manifest, "adapter").union(*(object_digests(other) for other in keep))
+    for sha256 in object_digests(manifest, "state") - kept:
+        store.delete(object_key(manifest.run_id, sha256))
+
+
+def object_digests(manifest: Manifest, only: Part | None = None) -> set[str]:
+    """The objects that a checkpoint, or one part of it, consists of."""
+    return {part.sha256 for file in _files(manifest, only) for part in file.objects}
 
 
 def _files(manifest: Manifest, only: Part | None) -> list[ManifestFile]:

@@ -2,8 +2,8 @@
 
 Owns the HTTP of such a store. Who signs, and for which keys, is the other side's affair: a worker's addresses come
 from the control plane, are good for one object and one verb each, and only for a while. What a bucket can do without
-its keys is all there is: whole objects, one request each (5 GB at most on S3); an upload that broke off begins anew,
-those before it stay. Knows no runs.
+its keys is all there is: whole objects, one request each (5 GB at most on S3; parts of large files are far smaller). An
+object whose upload broke off is sent anew, those before it stay. Knows no runs.
 """
 
 from __future__ import annotations

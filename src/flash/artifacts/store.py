@@ -93,7 +93,8 @@ class Store:
                 file.write(data)
             return
         with self._asking(key):
-            obstore.put(self._backend, _safe(key), data, mode="create" if create else "overwrite")
+            mode: Any = "create" if create else "overwrite"
+            obstore.put(self._backend, _safe(key), data, mode=mode, max_concurrency=_PARTS)
 
     def put_file(self, key: str, path: Path) -> None:
         """Writes a local file's bytes under the key, in parts where the store takes parts."""

@@ -74,7 +74,25 @@ def list_orgs(ctx: typer.Context, config: Config = None) -> None:
     with _administration(config) as there:
         found = there.orgs()
     document = {"orgs": [each.model_dump(mode="json") for each in found]}
-    _answer(ctx, document, [f"{each.name}{'  revoked' if each.revoked_at else ''}" for each in found])
+    rows = [
+        f"{each.name}{'' if each.share == 1 else f'  share {each.share:g}'}{'  revoked' if each.revoked_at else ''}"
+        for each in found
+    ]
+    _answer(ctx, document, rows)
+
+
+@org.command("share")
+def set_share(
+    ctx: typer.Context,
+    name: str,
+    share: Annotated[float, typer.Argument(metavar="SHARE", min=0.01, max=100, help="1 is the usual one.")],
+    config: Config = None,
+) -> None:
+    """Set an organisation's share of scarce devices, beside the others'."""
+    with _administration(config) as there:
+        changed = there.set_share(name, share)
+        there.note("org share", f"org={name} share={share:g}")
+    _answer(ctx, changed.model_dump(mode="json"), [f"{changed.name} has a share of {changed.share:g}"])
 
 
 @org.command("revoke")

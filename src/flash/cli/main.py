@@ -38,6 +38,7 @@ COMMANDS = {
     "profile": Entry("flash.cli.profile", "Write where a run's time went as a trace, and sum it up.", TRAINING),
     "cancel": Entry("flash.cli.runs", "Cancel a run; its checkpoints stay.", TRAINING),
     "retry": Entry("flash.cli.retry", "Go on from where a failed or cancelled run stopped.", TRAINING),
+    "priority": Entry("flash.cli.runs", "Move a queued run up or down among your organisation's.", TRAINING),
     "checkpoints": Entry("flash.cli.runs", "List a run's checkpoints.", TRAINING),
     "keep": Entry("flash.cli.keep", "Keep a run's files for good, or for some days.", TRAINING),
     "export": Entry("flash.cli.export", "Copy an adapter out of the server.", TRAINING),

@@ -1,4 +1,4 @@
-"""`flash runs`, `status`, `log`, `samples`, `cancel` and `checkpoints`: what was submitted, and how it goes."""
+"""`flash runs`, `status`, `log`, `samples`, `cancel`, `priority`, `checkpoints`: what was submitted, how it goes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flash.cli.connection import connect
 from flash.cli.follow import detaching, exit_unless_done, follow_to_end
 from flash.cli.output import globals_of, note, say, say_json, say_json_line
 from flash.cli.progress import plain_lines, step_text
-from flash.records import Event, EventKind, RunState
+from flash.records import Event, EventKind, Priority, RunState
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -120,6 +120,19 @@ def cancel(ctx: typer.Context, run_id: RunId) -> None:
         say(f"{run_id} is {'cancelled' if run.state.terminal else 'being cancelled'}. {run.next}".strip())
     else:
         say(f"{run_id} had ended already: {run.state.value}")
+
+
+@app.command()
+def priority(
+    ctx: typer.Context, run_id: RunId, priority: Annotated[Priority, typer.Argument(help="low, normal or high.")]
+) -> None:
+    """Move a queued run up or down among your organisation's."""
+    with connect() as client:
+        run = client.set_priority(run_id, priority)
+    if globals_of(ctx).json:
+        say_json(run.model_dump(mode="json"))
+    else:
+        say(f"{run_id} has priority {run.priority.value}: {run.summary}; {run.next}")
 
 
 @app.command()

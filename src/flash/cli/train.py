@@ -12,7 +12,7 @@ from flash.catalog.deploying import deployment_notes
 from flash.cli.output import INTERRUPTED, Globals, globals_of, note, say, say_json
 from flash.config.load import LoadedConfig, load_config
 from flash.config.recipes import dry_run_document, resolve
-from flash.records import RunStatus, SubmitRequest
+from flash.records import Priority, RunStatus, SubmitRequest
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -34,6 +34,9 @@ def train(
         list[Path] | None,
         typer.Option("--config", metavar="FILE", help="Merge another TOML over CONFIG; repeatable."),
     ] = None,
+    priority: Annotated[
+        Priority, typer.Option("--priority", help="Its place among your organisation's queued runs.")
+    ] = Priority.NORMAL,
     cost: Annotated[
         bool, typer.Option("--cost", help="Estimate time, memory and price; submit nothing.")
     ] = False,
@@ -50,7 +53,7 @@ def train(
         loaded = load_config(config, overlays or (), overrides or ())
         _show_dry_run(loaded, seed, options)
         return
-    _submit(config, overlays or [], overrides or [], seed, background, options)
+    _submit(config, overlays or [], overrides or [], seed, priority, background, options)
 
 
 def _show_dry_run(loaded: LoadedConfig, seed: int, options: Globals) -> None:
@@ -78,7 +81,13 @@ def _show_cost(loaded: LoadedConfig, folder: Path, seed: int, options: Globals) 
 
 
 def _submit(
-    config: Path, overlays: list[Path], overrides: list[str], seed: int, background: bool, options: Globals
+    config: Path,
+    overlays: list[Path],
+    overrides: list[str],
+    seed: int,
+    priority: Priority,
+    background: bool,
+    options: Globals,
 ) -> None:
     # The HTTP stack is imported here, since a dry run must not pay for it.
     from flash.cli.connection import connect, is_remote
@@ -89,7 +98,7 @@ def _submit(
     secrets = resolve_secrets(loaded.config, config.resolve().parent)
     for warning in [*loaded.warnings, *wandb_warnings(loaded.config, secrets)]:
         note(f"warning: {warning}")
-    request = SubmitRequest(config=loaded.config.document(), seed=seed, secrets=secrets)
+    request = SubmitRequest(config=loaded.config.document(), seed=seed, secrets=secrets, priority=priority)
     with connect() as client:
         try:
             run = client.submit(request)

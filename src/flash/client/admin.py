@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from flash.client.client import FlashClient
-from flash.records import AuditEntry, Key, KeyRequest, NewKey, Org, OrgRequest
+from flash.records import AuditEntry, Key, KeyRequest, NewKey, Org, OrgRequest, ShareRequest
 
 
 class AdminClient:
@@ -23,6 +23,10 @@ class AdminClient:
 
     def revoke_org(self, name: str) -> Org:
         return Org.model_validate(self._client.json("DELETE", "/api/orgs", name))
+
+    def set_share(self, name: str, share: float) -> Org:
+        body = ShareRequest(share=share).model_dump(mode="json")
+        return Org.model_validate(self._client.json("PATCH", "/api/orgs", name, json=body))
 
     def create_key(self, request: KeyRequest) -> NewKey:
         body = request.model_dump(mode="json")

@@ -7,12 +7,13 @@ Owns who may do what to whom: an admin within its own org, the server's owner ev
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from flash.control_plane.server_config import load_server_config
 from flash.errors import Forbidden, NotFound
 from flash.records import AuditEntry, Key, KeyRequest, NewKey, Org
-from flash.storage import audit, identity, runs
+from flash.storage import audit, identity, runs, shares
 from flash.storage.database import Database
 from flash.storage.identity import Caller, Caps, KeyRow, OrgRow, Role
 
@@ -46,7 +47,13 @@ class Administration:
             for run in runs.open_runs(connection):
                 if run.org_id == name:
                     runs.request_cancel(connection, run.id, now=now)
-        return _org(OrgRow(before.id, before.created_at, now))
+        return _org(replace(before, revoked_at=now))
+
+    def set_share(self, name: str, share: float) -> Org:
+        """The org's weight among the others where devices are scarce."""
+        with self._database.write() as connection:
+            shares.set_share(connection, name, share)
+            return _org(identity.get_org(connection, name))
 
     # --- keys -------------------------------------------------------------------------------------------
 
@@ -119,7 +126,7 @@ class OnTheMachine(Administration):
 
 
 def _org(row: OrgRow) -> Org:
-    return Org(name=row.id, created_at=row.created_at, revoked_at=row.revoked_at)
+    return Org(name=row.id, created_at=row.created_at, revoked_at=row.revoked_at, share=row.share)
 
 
 def _key(row: KeyRow) -> Key:

@@ -11,7 +11,7 @@ import logging
 import shutil
 import time
 
-from flash.artifacts.manifests import adapter_only, manifest_key, object_key
+from flash.artifacts.manifests import adapter_only, manifest_key, object_digests, object_key
 from flash.control_plane.retaining import expire
 from flash.control_plane.services import Services
 from flash.errors import FlashError
@@ -94,7 +94,7 @@ def _remove_unnamed(plane: Services, run_id: str) -> None:
     needed = {manifest_key(run_id, found.step) for found in known}
     for found, manifest in zip(known, manifests, strict=True):
         kept = manifest if found.has_state else adapter_only(manifest)
-        needed |= {object_key(run_id, file.sha256) for file in kept.files}
+        needed |= {object_key(run_id, sha256) for sha256 in object_digests(kept)}
     for key in plane.store.list(f"runs/{run_id}"):
         if key not in needed:
             plane.store.delete(key)

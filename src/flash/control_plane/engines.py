@@ -8,7 +8,7 @@ runs and engines from one queue; `Engines` looks and acts for them. An engine is
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -190,8 +190,8 @@ def yielding(
     return asked
 
 
-def wait_reason(devices: Iterable[str], runs: Mapping[str, str], held: Mapping[str, EngineSnapshot]) -> str:
-    """Why an engine has no device, for people. `runs`: the run on each device that has one; `held`: the engine."""
+def wait_reason(devices: Iterable[str], runs: Container[str], held: Mapping[str, EngineSnapshot]) -> str:
+    """Why an engine has no device, for people. `runs`: the devices that have one; `held`: the engine on each."""
     parts = []
     for device in devices:
         if device in held:

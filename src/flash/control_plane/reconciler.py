@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Container
+from collections import Counter, deque
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +29,7 @@ from flash.control_plane.engines import (
     watch,
     yielding,
 )
+from flash.control_plane.queueing import fair_order
 from flash.control_plane.salvaging import salvage
 from flash.control_plane.services import Services
 from flash.control_plane.settings import ServerSettings
@@ -37,6 +39,8 @@ from flash.failpoints import failpoint
 from flash.launching.launcher import LaunchRequest, Probe
 from flash.records import AttemptState, EngineState, FailureKind, Phase, RunState
 from flash.storage import engines, identity, runs
+from flash.storage import shares as org_shares
+from flash.storage.shares import Standing
 
 log = logging.getLogger("flash.reconciler")
 
@@ -84,7 +88,9 @@ class RunSnapshot:
     micro_batch_divisor: int = 1
     active_s: float = 0.0
     wall_clock_limit_s: float | None = None
-    created_at: float = 0.0  # wall clock; its place in the queue
+    org: str = ""
+    priority: int = 0
+    created_at: float = 0.0  # wall clock; with org and priority its place in the queue
 
 
 @dataclass(frozen=True)
@@ -103,6 +109,7 @@ class Snapshot:
     orphans: tuple[Orphan, ...] = ()
     engines: tuple[EngineSnapshot, ...] = ()  # live ones, oldest first
     listed: bool = True  # False: the launcher could not say what lives
+    orgs: Mapping[str, Standing] = field(default_factory=dict, hash=False)  # those not named: of the usual weight
 
 
 # --- what decide says ---------------------------------------------------------------------------------
@@ -324,21 +331,21 @@ def _error(failure: FailureKind, message: str, reported: dict[str, object] | Non
 
 
 def _place(snapshot: Snapshot, judged: set[str], now: float, settings: ServerSettings) -> list[Action]:
-    """Gives free devices to what waits, runs and engines alike, oldest first; a run in back-off holds no one up.
+    """Gives free devices to what waits, runs and engines alike, in their order; a run in back-off holds no one up.
 
     Where nothing is free, idle engines are asked to leave.
     """
-    runs_on = {attempt.device: run.run_id for run in snapshot.runs for attempt in run.attempts if attempt.live}
+    runs_on = {attempt.device: run for run in snapshot.runs for attempt in run.attempts if attempt.live}
     engines_on = {engine.device: engine for engine in snapshot.engines if engine.device is not None}
     waiting: dict[str, bool] = {}  # what found no device, and whether it is an engine
     actions: list[Action] = []
-    for item in _queue(snapshot, judged, now, settings):
+    for item in _queue(snapshot, judged, runs_on, engines_on, now, settings):
         if isinstance(item, RunSnapshot):
             device = _free(snapshot.devices, runs_on, engines_on, settings)
             if device is None:
                 waiting[item.run_id] = False
                 continue
-            runs_on[device] = item.run_id
+            runs_on[device] = item
             actions.append(StartAttempt(item.run_id, item.attempts[-1].epoch + 1 if item.attempts else 1, device))
         else:
             device = _free(snapshot.devices, engines_on, runs_on, settings)
@@ -365,10 +372,16 @@ def _free(
 
 
 def _queue(
-    snapshot: Snapshot, judged: set[str], now: float, settings: ServerSettings
+    snapshot: Snapshot,
+    judged: set[str],
+    runs_on: Mapping[str, RunSnapshot],
+    engines_on: Container[str],
+    now: float,
+    settings: ServerSettings,
 ) -> list[RunSnapshot | EngineSnapshot]:
-    """What could be started at once if there was a device for it, in order."""
-    waiting: list[RunSnapshot | EngineSnapshot] = [
+    """What could be started at once if there was a device for it, in order: runs by their orgs' fair shares, and
+    each engine before the first run that is younger."""
+    ready = [
         run
         for run in snapshot.runs
         if run.state is RunState.QUEUED
@@ -377,12 +390,20 @@ def _queue(
         and not any(attempt.live for attempt in run.attempts)
         and backoff_left(run.retry_at, now, settings) <= 0
     ]
-    waiting += [
+    held = Counter(run.org for run in runs_on.values())
+    usable = [name for name in snapshot.devices if shares(name, settings) or name not in engines_on]
+    wanted = [
         engine
         for engine in snapshot.engines
         if engine.state is EngineState.WAITING and engine.unwanted_s < settings.engine_want_s
     ]
-    return sorted(waiting, key=lambda item: item.created_at)
+    hosts = deque(sorted(wanted, key=lambda engine: engine.created_at))
+    order: list[RunSnapshot | EngineSnapshot] = []
+    for run in fair_order(ready, held, snapshot.orgs, len(usable)):
+        while hosts and hosts[0].created_at < run.created_at:
+            order.append(hosts.popleft())
+        order.append(run)
+    return [*order, *hosts]
 
 
 def last_beat(attempt: runs.AttemptRow) -> float | None:
@@ -466,6 +487,7 @@ class Reconciler:
             open_runs = runs.open_runs(connection)
             live_engines = engines.live(connection)
             attempts = runs.attempts_of(connection, [run.id for run in open_runs])
+            orgs = org_shares.standings(connection)
             brought = runs.epochs_with_checkpoints(connection, [run.id for run in open_runs if attempts[run.id]])
         seen = []
         expected: set[str] = set()
@@ -485,6 +507,8 @@ class Reconciler:
                     micro_batch_divisor=run.micro_batch_divisor,
                     active_s=run.active_s,
                     wall_clock_limit_s=run.wall_clock_limit_s,
+                    org=run.org_id,
+                    priority=run.priority,
                     created_at=run.created_at,
                 )
             )
@@ -499,7 +523,7 @@ class Reconciler:
             if attempt_id not in expected
         )
         plane.stopwatches.keep_only({*expected, *(orphan.attempt_id for orphan in orphans)})
-        return Snapshot(tuple(seen), devices, orphans, hosts, listed=listed is not None)
+        return Snapshot(tuple(seen), devices, orphans, hosts, listed=listed is not None, orgs=orgs)
 
     def _ask_launcher(self) -> tuple[dict[str, str] | None, tuple[str, ...]]:
         """What lives by its id (None: it can't be told), and the devices; trouble there must not stop a look."""
@@ -635,6 +659,8 @@ class Reconciler:
                 work_dir=str(work_dir),
                 now=self._plane.clock(),
             )
+            if created:
+                org_shares.take_turn(connection, action.run_id)
         failpoint("server.attempt")
         return created and self._launch(Launch(action.run_id, action.epoch, action.device))
 

@@ -69,6 +69,7 @@ def retry(plane: Services, caller: Caller, run_id: str, secrets: dict[str, str],
         micro_batch_divisor=source.micro_batch_divisor,
         key_id=caller.key_id,
         gpus=source.gpus,
+        priority=source.priority,
         reason=f"a retry of {source.id} from {f'step {step}' if step else 'the start'}",
     )
     with plane.database.write() as connection:

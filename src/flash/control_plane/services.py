@@ -21,6 +21,7 @@ from flash.control_plane.tickets import seal_ticket
 from flash.control_plane.traffic import Traffic
 from flash.launching.launcher import Launcher
 from flash.launching.local import LocalLauncher
+from flash.launching.preload import Preloaded
 from flash.launching.ray import RayLauncher
 from flash.storage.database import Database
 from flash.storage.vault import Vault
@@ -62,7 +63,11 @@ class Services:
 
 
 def open_services(
-    settings: ServerSettings, *, launcher: Launcher | None = None, stopwatches: Stopwatches | None = None
+    settings: ServerSettings,
+    *,
+    launcher: Launcher | None = None,
+    preloaded: Preloaded | None = None,
+    stopwatches: Stopwatches | None = None,
 ) -> Services:
     """Opens (and at first makes) everything under the settings' home."""
     settings.home.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -74,7 +79,7 @@ def open_services(
         database=database,
         store=Store(settings.store, settings.store_options),
         vault=vault,
-        launcher=launcher or _launcher(settings, vault),
+        launcher=launcher or _launcher(settings, vault, preloaded),
         stopwatches=watches,
         traffic=Traffic(watches, settings.max_requests),
         fetches=threading.BoundedSemaphore(settings.github_fetches),
@@ -84,9 +89,9 @@ def open_services(
     )
 
 
-def _launcher(settings: ServerSettings, vault: Vault) -> Launcher:
+def _launcher(settings: ServerSettings, vault: Vault, preloaded: Preloaded | None) -> Launcher:
     if settings.launcher == "local":
-        return LocalLauncher(settings.home / "work", devices=settings.devices)
+        return LocalLauncher(settings.home / "work", devices=settings.devices, preloaded=preloaded)
     return RayLauncher(
         settings.ray_address or "",
         settings.ray_token.get_secret_value() if settings.ray_token else None,

@@ -90,9 +90,8 @@ class ServerSettings(BaseModel):
     they leave out comes from the provider's own variables (`AWS_…`)."""
 
     worker_store: Literal["keys", "signed"] = "keys"
-    """How workers reach a bucket. `keys`: with `store_options`, so as the server does, in parts of any size.
-    `signed`: by addresses that the server signs, good for one object of their own run each; an object is 5 GB at most
-    then, and goes in one piece."""
+    """How workers reach a bucket. `keys`: with `store_options`, so as the server does. `signed`: by addresses that the
+    server signs, good for one object of their own run each."""
 
     vault_key_file: Path | None = None
     """The 32 bytes under which secrets are sealed; every server of one database needs the same. Left out: `vault.key`
@@ -141,6 +140,11 @@ class ServerSettings(BaseModel):
     """The user of the operating system as whom environments run, with what `environment.pip` names: what people bring
     is kept from the server's files and keys, its workers and other runs. Server and workers have to be root for it.
     Left out: environments run as the server does."""
+
+    preload: bool = True
+    """Keep a process that has loaded what trainers need (torch, transformers), from which workers on this machine are
+    forked: a run starts some seconds sooner, for 200 to 300 MB of memory while the server lives. Linux only; without
+    it, and elsewhere, each worker loads that anew."""
 
     # --- A Ray cluster
 

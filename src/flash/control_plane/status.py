@@ -16,6 +16,7 @@ from flash.records import (
     FailureKind,
     ManagedView,
     Phase,
+    Priority,
     RunState,
     RunStatus,
     RunSummary,
@@ -43,7 +44,7 @@ def summarise(
     ahead: int = 0,
     settings: ServerSettings,
 ) -> tuple[str, str]:
-    """`summary` and `next`. `ahead`: runs that wait for a device before this one."""
+    """`summary` and `next`. `ahead`: runs of its org that wait for a device before this one."""
     last = attempts[-1] if attempts else None
     if run.state is RunState.DONE:
         return _done(run, checkpoints), f"serve it with `flash deploy {run.id}`, or copy it out with `flash export`"
@@ -194,6 +195,7 @@ def run_status(
         error=run.error,
         warnings=tuple(run.warnings),
         retry_of=run.retry_of,
+        priority=Priority.of(run.priority),
         managed=ManagedView(
             device=attempts[-1].device if attempts else None,
             wall_clock_limit_s=run.wall_clock_limit_s,

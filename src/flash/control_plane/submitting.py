@@ -25,7 +25,7 @@ from flash.control_plane.estimating import packaged_rows, plan_run
 from flash.control_plane.services import Services
 from flash.environments.references import at_commit, fetch, pinned_commit
 from flash.errors import InvalidInput, NotFound, Unavailable
-from flash.records import EnvironmentVersion, RunState, SubmitRequest
+from flash.records import EnvironmentVersion, Priority, RunState, SubmitRequest
 from flash.storage import environments, runs
 from flash.storage.identity import Caller
 
@@ -86,6 +86,7 @@ def submit(plane: Services, caller: Caller, request: SubmitRequest, key: str | N
             warnings=[*warnings, *wandb_warnings(config, request.secrets)],
             key_id=caller.key_id,
             gpus=planned.gpus,
+            priority=request.priority.rank,
         )
         run_id = runs.insert_run(connection, new, now=now)
         plane.vault.store(connection, run_id, request.secrets)
@@ -103,6 +104,8 @@ def _canonical(request: SubmitRequest) -> bytes:
     """The same bytes for the same request, whatever the order of its keys."""
     try:
         whole = [request.config, request.seed, request.secrets]
+        if request.priority is not Priority.NORMAL:
+            whole.append(request.priority.value)  # left out else: the same bytes as before there were priorities
         return json.dumps(whole, sort_keys=True).encode()
     except RecursionError:
         raise InvalidInput("the config is nested too deeply", remedy="flatten it") from None

@@ -14,10 +14,12 @@ import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
+from flash.inference.adapter_updates import Part, Run, add_parts, add_runs
 from flash.inference.lora import Adapter, LoraPair
 
 _LEAST_RANK = 8  # adapters of a lower rank are padded with zeros to it, others to the next power of two
@@ -123,6 +125,10 @@ class Shelf:
         ]
         self.ups = [torch.zeros(0, len(site.pieces), rank, site.unit, device=device, dtype=dtype) for site in sites]
 
+    @property
+    def tables(self) -> tuple[int, list[Tensor], list[Tensor], list[Tensor]]:
+        return self.rank, self.downs, self.ups, self.layer_of_piece
+
     def fill(self, adapter: Adapter) -> int:
         """Copies the adapter into a free slot."""
         if not self.free:
@@ -154,114 +160,58 @@ class Shelf:
                 tables[i][:have] = old
         self.free.extend(reversed(range(have, slots)))
 
-    def add(self, out_N_O: Tensor, x_N_I: Tensor, site: int, slot: int) -> None:
-        """Adds one adapter's update to all rows of `out`, in place."""
-        low_N_GR = x_N_I @ self.downs[site][slot]
-        up_C_R_W = self.ups[site][slot]
-        if up_C_R_W.shape[0] == 1:
-            out_N_O.addmm_(low_N_GR, up_C_R_W[0])
-            return
-        low_C_N_R = low_N_GR.view(-1, len(self.sites[site].widths), self.rank)[:, self.layer_of_piece[site]]
-        delta_C_N_W = torch.bmm(low_C_N_R.transpose(0, 1), up_C_R_W)
-        out_N_O.view(len(out_N_O), *up_C_R_W.shape[::2]).add_(delta_C_N_W.transpose(0, 1))
-
 
 class Runs:
     """Tokens of prompts, one after another: each run of them under one adapter."""
 
     def __init__(self, bank: AdapterBank, runs: Sequence[tuple[int, Home | None]]) -> None:
         """`runs` holds (tokens, adapter)."""
-        self._parts: list[tuple[slice, Shelf, int]] = []
+        self.parts: list[Run] = []
         start = 0
-        for size, home in runs:
-            if home is not None:
-                shelf = bank.shelf(home.rank)
-                if self._parts and self._parts[-1][0].stop == start and self._parts[-1][1:] == (shelf, home.slot):
-                    before = self._parts.pop()[0].start
-                else:
-                    before = start
-                self._parts.append((slice(before, start + size), shelf, home.slot))
+        for (shelf, slot), same in groupby(runs, lambda run: (run[1] and run[1].rank, run[1] and run[1].slot)):
+            size = sum(tokens for tokens, _ in same)
+            if shelf is not None and slot is not None:
+                self.parts.append(Run(start, start + size, slot, *bank.shelf(shelf).tables))
             start += size
 
     def add(self, out_N_O: Tensor, x_N_I: Tensor, site: int) -> None:
         """Adds to `out` (contiguous), in place, each token's update for its `x`."""
-        for part, shelf, slot in self._parts:
-            shelf.add(out_N_O[part], x_N_I[part], site, slot)
+        add_runs(self.parts, out_N_O, x_N_I, site)
 
 
 class Mix:
     """The rows of a batch, a token each, under any adapters: one part for each shelf that they use."""
 
     def __init__(self, bank: AdapterBank, homes: Sequence[Home | None]) -> None:
-        kind = _SummedPart if bank.sums else _GatheredPart
-        self._parts: list[_SummedPart | _GatheredPart] = []
+        self.parts: list[Part] = []
         for rank in sorted({home.rank for home in homes if home is not None}):
             rows = [row for row, home in enumerate(homes) if home is not None and home.rank == rank]
             slots = [home.slot for home in homes if home is not None and home.rank == rank]
-            self._parts.append(kind(bank.shelf(rank), slots, None if len(rows) == len(homes) else rows))
+            self.parts.append(_part(bank, rank, slots, None if len(rows) == len(homes) else rows))
 
     def add(self, out_B_O: Tensor, x_B_I: Tensor, site: int) -> None:
-        """Adds to `out`, in place, each row's update for its `x`."""
-        for part in self._parts:
-            part.add(out_B_O, x_B_I, site)
+        """Adds to `out` (contiguous), in place, each row's update for its `x`."""
+        add_parts(self.parts, out_B_O, x_B_I, site)
 
 
-class _MixPart:
-    """Rows (None: all) whose adapters lie on one shelf."""
-
-    def __init__(self, shelf: Shelf, slots: list[int], rows: list[int] | None) -> None:
-        device = shelf.downs[0].device
-        self._shelf = shelf
-        self._slots_N = torch.tensor(slots, device=device)
-        self._rows_N = None if rows is None else torch.tensor(rows, device=device)
-
-    def add(self, out_B_O: Tensor, x_B_I: Tensor, site: int) -> None:
-        if self._rows_N is None:
-            out_B_O.add_(self._updates(x_B_I, site))
-        else:
-            out_B_O.index_add_(0, self._rows_N, self._updates(x_B_I[self._rows_N], site))
-
-    def _updates(self, x_N_I: Tensor, site: int) -> Tensor:
-        """(rows, out): each row's update."""
-        raise NotImplementedError
-
-    def _spread(self, low_N_GR: Tensor, site: int) -> Tensor:
-        """[N, layers * R], what comes out of the first factors, for each piece of the output: [N, pieces, R]."""
-        shelf = self._shelf
-        low_N_G_R = low_N_GR.view(len(low_N_GR), -1, shelf.rank)
-        layer_of_piece = shelf.layer_of_piece[site]
-        return low_N_G_R if len(layer_of_piece) == low_N_G_R.shape[1] else low_N_G_R[:, layer_of_piece]
+def _part(bank: AdapterBank, rank: int, slots: list[int], rows: list[int] | None) -> Part:
+    shelf = bank.shelf(rank)
+    device = shelf.downs[0].device
+    slots_N = torch.tensor(slots, device=device)
+    rows_N = None if rows is None else torch.tensor(rows, device=device)
+    bags: list[Tensor] = []
+    if bank.sums:
+        known: dict[tuple[int, int], list[Tensor]] = {}
+        for down, up in zip(shelf.downs, shelf.ups, strict=True):
+            for size, count in ((down.shape[1], 1), (up.shape[2], up.shape[1])):
+                if (size, count) not in known:
+                    known[size, count] = _bags(slots_N, size, count)
+                bags.extend(known[size, count])
+    return Part(*shelf.tables, rows_N, slots_N, bags)
 
 
-class _GatheredPart(_MixPart):
-    def _updates(self, x_N_I: Tensor, site: int) -> Tensor:
-        down, up = self._shelf.downs[site], self._shelf.ups[site]
-        low_N_GR = torch.bmm(x_N_I[:, None], down[self._slots_N])[:, 0]
-        low_N_C_R = self._spread(low_N_GR, site)
-        pieces = torch.bmm(low_N_C_R.reshape(-1, 1, up.shape[2]), up[self._slots_N].flatten(0, 1))
-        return pieces.view(len(x_N_I), -1)
-
-
-class _SummedPart(_MixPart):
-    """Indices into the tables are made once a batch."""
-
-    def __init__(self, shelf: Shelf, slots: list[int], rows: list[int] | None) -> None:
-        super().__init__(shelf, slots, rows)
-        self._known: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-
-    def _updates(self, x_N_I: Tensor, site: int) -> Tensor:
-        down, up = self._shelf.downs[site], self._shelf.ups[site]
-        low_N_GR = self._sums(down.view(-1, down.shape[2]), x_N_I, down.shape[1], 1)
-        low_N_C_R = self._spread(low_N_GR, site)
-        pieces = self._sums(up.view(-1, up.shape[3]), low_N_C_R, up.shape[2], up.shape[1])
-        return pieces.view(len(x_N_I), -1)
-
-    def _sums(self, table: Tensor, weights: Tensor, size: int, count: int) -> Tensor:
-        """For each of a row's `count` bags, the sum of `size` rows of its slot in the table, weighted."""
-        if (size, count) not in self._known:
-            steps = torch.arange(size * count, device=table.device)
-            index = (self._slots_N[:, None] * (size * count) + steps).view(-1).int()
-            offsets = torch.arange(0, len(index), size, device=table.device, dtype=torch.int32)
-            self._known[size, count] = index, offsets
-        index, offsets = self._known[size, count]
-        return torch.embedding_bag(table, index, offsets, False, 0, False, weights.reshape(-1))[0]
+def _bags(slots_N: Tensor, size: int, count: int) -> list[Tensor]:
+    """Index and offsets by which each row takes `count` bags of `size` table rows from its slot."""
+    steps = torch.arange(size * count, device=slots_N.device)
+    index = (slots_N[:, None] * (size * count) + steps).view(-1).int()
+    return [index, torch.arange(0, len(index), size, device=slots_N.device, dtype=torch.int32)]

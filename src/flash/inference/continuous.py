@@ -33,7 +33,7 @@ from flash.inference.serving_batches import Batch, Job, Limits, Loaded, MixedBat
 _MAX_ROWS = 64
 _MAX_CACHE_TOKENS = 1 << 18  # ... however much memory there is
 _MAX_WAITING = 256  # requests
-_PREFILL_TOKENS = {"cpu": 256, "gpu": 2048}  # more at once is no faster, and holds up those who decode
+_PREFILL_TOKENS = {"cpu": 512, "gpu": 2048}  # more at once is no faster, and holds up those who decode
 _PREFIX_BYTES = 256 << 20
 _MAX_DEVICE_ADAPTERS = 64
 
@@ -104,7 +104,7 @@ class ContinuousEngine:
         self._stop_ids = frozenset(base.stop_ids)
         self._stop_matchers: dict[tuple[str, ...], StopMatcher] = {}
         base.model.eval()
-        mixed = build_mixed_decoder(base.model, max_adapters=max_device_adapters)
+        mixed = build_mixed_decoder(base.model, max_adapters=max_device_adapters, lanes=base.lanes)
         self._adapters_lie_on = None if mixed is None else torch.device("cpu")  # the bank takes them to the device
         self._batch: Batch = (
             TurnBatch(base, self._limits) if mixed is None else MixedBatch(mixed, self._limits, prefix_bytes)

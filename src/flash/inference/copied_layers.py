@@ -1,6 +1,6 @@
 """Layers of small fp32 models for decoding: copies of their weights with the adapter's update added.
 
-Owns the copies, a layer's parts over them, and a decoded token's way through all layers as one scripted function.
+Owns the copies, and the way of prompts and of a decoded token through all layers, each as one scripted function.
 """
 # ruff: noqa: UP045
 # TorchScript reads the annotations themselves: no `from __future__ import annotations` here, and `Optional`.
@@ -14,40 +14,12 @@ from torch import Tensor
 from flash.inference.scripting import scripted
 
 
-class Norms:
-    """A layer's norms, each as one operation."""
-
-    def __init__(self, layer: Any) -> None:
-        attention = layer.self_attn
-        self._norms = layer.input_layernorm, layer.post_attention_layernorm
-        self._qk_weight: Tensor | None = None
-        self._qk_epsilon = 0.0
-        if hasattr(attention, "q_norm"):
-            queries = attention.q_proj.out_features // attention.head_dim
-            keys = attention.k_proj.out_features // attention.head_dim
-            self._qk_weight = torch.stack([attention.q_norm.weight] * queries + [attention.k_norm.weight] * keys)
-            self._qk_epsilon = attention.q_norm.variance_epsilon
-
-    def attention_norm(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self._norms[0])
-
-    def mlp_norm(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self._norms[1])
-
-    def qk_norm(self, qk: Tensor, heads: int) -> Tensor:
-        if self._qk_weight is None:
-            return qk
-        return F.rms_norm(qk, qk.shape[-1:], None, self._qk_epsilon) * self._qk_weight
-
-
 class Weights(NamedTuple):
-    """A layer's weights [out, in] with the worn adapter's update added; an empty tensor: the layer has none."""
+    """A layer's weights [out, in] with the worn adapter's update added, and the norms before them multiplied in."""
 
-    attention_norm: Tensor
-    mlp_norm: Tensor
-    epsilon: float
-    qk_norm: Tensor  # [heads + kv heads, head dim]
-    qk_epsilon: float
+    epsilon: Tensor  # [1, 1], the norms' own times what they are the mean of: see `_unit`
+    qk_norm: Optional[Tensor]  # [heads + kv heads, head dim]
+    qk_epsilon: Tensor
     qkv: Tensor
     out: Tensor
     gate_up: Tensor
@@ -58,34 +30,92 @@ class Weights(NamedTuple):
     down_bias: Optional[Tensor]
 
 
-class CopiedLayer(Norms):
-    """Small fp32 models: projections that share an input as one product, over copies of their weights with the
-    adapter's update added. The base is never written to, and in fp32 adding costs no precision."""
+def copied(layer: Any) -> Weights:
+    """A layer's weights as it wears its adapter now. The base is never written to, and in fp32 adding costs no
+    precision."""
+    attention, mlp = layer.self_attn, layer.mlp
+    qk_norm, qk_epsilon = stacked_qk_norm(attention)
+    qkv, qkv_bias = _stacked(attention.q_proj, attention.k_proj, attention.v_proj)
+    out, out_bias = _stacked(attention.o_proj)
+    gate_up, gate_up_bias = _stacked(mlp.gate_proj, mlp.up_proj)
+    down, down_bias = _stacked(mlp.down_proj)
+    size, width = qkv.shape[1], attention.head_dim
+    return Weights(
+        epsilon=qkv.new_full((1, 1), layer.input_layernorm.variance_epsilon * size),
+        qk_norm=None if qk_norm is None else qk_norm * width**0.5,
+        qk_epsilon=qkv.new_full((1, 1), qk_epsilon * width),
+        qkv=qkv.mul_(layer.input_layernorm.weight * size**0.5), out=out,
+        gate_up=gate_up.mul_(layer.post_attention_layernorm.weight * size**0.5), down=down,
+        qkv_bias=qkv_bias, out_bias=out_bias, gate_up_bias=gate_up_bias, down_bias=down_bias,
+    )  # fmt: skip
 
-    def __init__(self, layer: Any) -> None:
-        super().__init__(layer)
-        attention, mlp = layer.self_attn, layer.mlp
-        qkv, qkv_bias = _stacked(attention.q_proj, attention.k_proj, attention.v_proj)
-        out, out_bias = _stacked(attention.o_proj)
-        gate_up, gate_up_bias = _stacked(mlp.gate_proj, mlp.up_proj)
-        down, down_bias = _stacked(mlp.down_proj)
-        norms = self._norms
-        self.weights = Weights(
-            attention_norm=norms[0].weight, mlp_norm=norms[1].weight, epsilon=norms[0].variance_epsilon,
-            qk_norm=torch.empty(0) if self._qk_weight is None else self._qk_weight, qk_epsilon=self._qk_epsilon,
-            qkv=qkv, out=out, gate_up=gate_up, down=down,
-            qkv_bias=qkv_bias, out_bias=out_bias, gate_up_bias=gate_up_bias, down_bias=down_bias,
-        )  # fmt: skip
 
-    def qkv(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weights.qkv, self.weights.qkv_bias)
+def stacked_qk_norm(attention: Any) -> tuple[Tensor | None, float]:
+    """The weights [heads + kv heads, head dim] of the norms of queries and keys, if the layout has any, and epsilon."""
+    if not hasattr(attention, "q_norm"):
+        return None, 0.0
+    queries = attention.q_proj.out_features // attention.head_dim
+    keys = attention.k_proj.out_features // attention.head_dim
+    weights = [attention.q_norm.weight.detach()] * queries + [attention.k_norm.weight.detach()] * keys
+    return torch.stack(weights), attention.q_norm.variance_epsilon
 
-    def out(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weights.out, self.weights.out_bias)
 
-    def mlp(self, x: Tensor) -> Tensor:
-        gate, up = F.linear(x, self.weights.gate_up, self.weights.gate_up_bias).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * up, self.weights.down, self.weights.down_bias)
+def copied_head(model: Any) -> Tensor:
+    """The output layer's weight [V, H], the last norm multiplied in."""
+    weight: Tensor = model.lm_head.weight
+    return weight * (model.model.norm.weight * weight.shape[1] ** 0.5)
+
+
+@scripted
+def _unit(x: Tensor, epsilon: Tensor) -> Tensor:
+    """x / sqrt(|x|^2 + epsilon) over the last dimension: an RMSNorm over n numbers whose weight and sqrt(n) are in
+    what comes next, with n times its epsilon."""
+    length = torch.linalg.vector_norm(x, dim=[-1], keepdim=True)
+    return x * torch.addcmul(epsilon, length, length).rsqrt_()
+
+
+@scripted
+def prefill(
+    x_P_T_H: Tensor,
+    cos_T_1_D: Tensor,
+    sin_T_1_D: Tensor,
+    heads: int,
+    rows_N: Tensor,
+    source_N: Tensor,
+    place_N_T: Tensor,
+    first_column: int,
+    last_P: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
+    layers: list[Weights],
+    head_V_H: Tensor,
+) -> Tensor:
+    """`RowDecoder._prefill` from embeddings to logits [P, V] at `last_P`: row `rows_N[i]` gets the keys and values of
+    prompt `source_N[i]` at `place_N_T[i]`, from `first_column` on."""
+    P, T = x_P_T_H.shape[:2]
+    K, D = keys[0].size(1), keys[0].size(3)
+    half = D // 2
+    x = x_P_T_H
+    for number, layer in enumerate(layers):
+        qkv = F.linear(_unit(x, layer.epsilon), layer.qkv, layer.qkv_bias).view(P, T, -1, D)
+        qk, v = qkv[:, :, : heads + K], qkv[:, :, heads + K :]
+        qk_norm = layer.qk_norm
+        if qk_norm is not None:
+            qk = _unit(qk, layer.qk_epsilon).mul_(qk_norm)
+        turned = torch.cat((qk[..., half:], qk[..., :half]), dim=-1)
+        qk = (qk * cos_T_1_D).addcmul_(turned, sin_T_1_D)
+        q, k = qk[:, :, :heads].transpose(1, 2), qk[:, :, heads:]
+        keys[number][rows_N, :, first_column : first_column + T] = k[source_N[:, None], place_N_T].transpose(1, 2)
+        values[number][rows_N, :, first_column : first_column + T] = v[source_N[:, None], place_N_T].transpose(1, 2)
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+        if heads > K:
+            k, v = k.repeat_interleave(heads // K, dim=1), v.repeat_interleave(heads // K, dim=1)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + F.linear(attended.transpose(1, 2).reshape(P, T, -1), layer.out, layer.out_bias)
+        gate, up = F.linear(_unit(x, layer.epsilon), layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
+        x = x + F.linear(F.silu(gate).mul_(up), layer.down, layer.down_bias)
+    ended_P_H = x[torch.arange(P, device=x.device), last_P]
+    return F.linear(_unit(ended_P_H, layers[0].epsilon), head_V_H)
 
 
 @scripted
@@ -100,20 +130,19 @@ def decode_step(
     keys: list[Tensor],
     values: list[Tensor],
     layers: list[Weights],
-    last_norm: Tensor,
     head_V_H: Tensor,
 ) -> Tensor:
     """`RowDecoder.step` from embeddings to logits: one token a row, filed at `column` of the caches."""
-    B, H = x_B_H.shape
+    B = x_B_H.size(0)
     K, D = keys[0].size(1), keys[0].size(3)
     half = D // 2
     x = x_B_H
     for number, layer in enumerate(layers):
-        normed = F.rms_norm(x, [H], layer.attention_norm, layer.epsilon)
-        qkv = F.linear(normed, layer.qkv, layer.qkv_bias).view(B, -1, D)
+        qkv = F.linear(_unit(x, layer.epsilon), layer.qkv, layer.qkv_bias).view(B, -1, D)
         qk, v = qkv[:, : heads + K], qkv[:, heads + K :]
-        if layer.qk_norm.numel() > 0:
-            qk = F.rms_norm(qk, [D], None, layer.qk_epsilon) * layer.qk_norm
+        qk_norm = layer.qk_norm
+        if qk_norm is not None:
+            qk = _unit(qk, layer.qk_epsilon).mul_(qk_norm)
         turned = torch.cat((qk[..., half:], qk[..., :half]), dim=-1)
         qk = (qk * cos_B_1_D).addcmul_(turned, sin_B_1_D)
         keys[number][:B, :, column] = qk[:, heads:]
@@ -125,14 +154,9 @@ def decode_step(
         scores = torch.baddbmm(hidden_BK_1_T, grouped, keys_BK_T_D.transpose(1, 2), alpha=scale)
         attended = torch.bmm(torch.softmax(scores, dim=-1), values_BK_T_D)
         x = x + F.linear(attended.view(B, -1), layer.out, layer.out_bias)
-        normed = F.rms_norm(x, [H], layer.mlp_norm, layer.epsilon)
-        gate, up = F.linear(normed, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
-        x = x + F.linear(F.silu(gate) * up, layer.down, layer.down_bias)
-    return F.linear(F.rms_norm(x, [H], last_norm, layers[0].epsilon), head_V_H)
-
-
-def rms_norm(x: Tensor, norm: Any) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
+        gate, up = F.linear(_unit(x, layer.epsilon), layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
+        x = x + F.linear(F.silu(gate).mul_(up), layer.down, layer.down_bias)
+    return F.linear(_unit(x, layers[0].epsilon), head_V_H)
 
 
 def _stacked(*linears: Any) -> tuple[Tensor, Tensor | None]:

@@ -16,7 +16,7 @@ import torch.nn.functional as F  # noqa: N812  (the field's usual name)
 from torch import Tensor, nn
 
 from flash.errors import ModelError
-from flash.inference.copied_layers import CopiedLayer, decode_step
+from flash.inference.copied_layers import Weights, copied, copied_head, decode_step, prefill
 
 _PREFILL_TOKENS = 8192  # padded prompt tokens in one prefill forward; bounds its activations
 _GROWTH = 128  # columns by which a full cache grows
@@ -151,7 +151,10 @@ class RowDecoder:
         self._heads: int = config.num_attention_heads
         self._kv_heads: int = config.num_key_value_heads
         self._head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // self._heads
-        self._layers: list[_Layer] = []  # made anew for every batch: they may hold the adapter's weights
+        self._copies = _may_be_copied(model)
+        self._layers = [] if self._copies else _layers_of(model)
+        self._copied: list[Weights] = []  # made anew for every batch, with the adapter that it wears
+        self._head = torch.zeros(0)
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
         self._starts_B = torch.zeros(0, dtype=torch.long)
@@ -164,15 +167,16 @@ class RowDecoder:
         return int(self._starts_B.shape[0])
 
     def clear(self) -> None:
-        self._layers, self._keys, self._values = [], [], []
+        self._copied, self._keys, self._values = [], [], []
         self._starts_B = self._starts_B[:0]
         self._column = 0
         self._hidden_BK_1_T = None
 
     def admit(self, prompts: Sequence[Sequence[int]], repeats: Sequence[int]) -> Tensor:
         device = self._body.embed_tokens.weight.device
-        if not self._layers:
-            self._layers = _layers_of(self._model)
+        if self._copies and not self._copied:
+            self._copied = [copied(layer) for layer in self._body.layers]
+            self._head = copied_head(self._model)
         lengths_P = torch.tensor([len(prompt) for prompt in prompts], device=device)
         owner_N = torch.repeat_interleave(torch.tensor(list(repeats))).to(device)
         first = self.rows
@@ -200,6 +204,11 @@ class RowDecoder:
         place_N_T = place_N_T.clamp_(min=0)
         window = slice(self._column - T, self._column)
         x = self._body.embed_tokens(tokens_P_T)
+        if self._copied:
+            return prefill(
+                x, cos, sin, self._heads, rows_N, source_N, place_N_T, window.start, lengths_P - 1, self._keys,
+                self._values, self._copied, self._head,
+            )  # fmt: skip
         groups = self._heads // self._kv_heads
         for layer, keys, values in zip(self._layers, self._keys, self._values, strict=True):
             q, k, v = self._heads_of(layer, layer.attention_norm(x), cos, sin)  # [P, T, heads, d]
@@ -222,11 +231,10 @@ class RowDecoder:
         scale = self._head_dim**-0.5
         x = self._body.embed_tokens(tokens_B)
         self._column += 1
-        copied = [layer.weights for layer in self._layers if isinstance(layer, CopiedLayer)]
-        if copied:
+        if self._copied:
             return decode_step(
-                x, cos, sin, hidden_BK_1_T, column, self._heads, scale, self._keys, self._values, copied,
-                self._body.norm.weight, self._model.lm_head.weight,
+                x, cos, sin, hidden_BK_1_T, column, self._heads, scale, self._keys, self._values, self._copied,
+                self._head,
             )  # fmt: skip
         for layer, keys, values in zip(self._layers, self._keys, self._values, strict=True):
             q, k, v = self._heads_of(layer, layer.attention_norm(x), cos, sin)  # [B, heads, d]
@@ -330,35 +338,19 @@ def rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (heads * cos).addcmul_(turned, sin)
 
 
-class _Layer(Protocol):
-    """One transformer layer's parts, as the decoder calls them."""
-
-    def attention_norm(self, x: Tensor) -> Tensor: ...
-
-    def mlp_norm(self, x: Tensor) -> Tensor: ...
-
-    def qkv(self, x: Tensor) -> Tensor:
-        """Queries, keys and values side by side."""
-
-    def qk_norm(self, qk: Tensor, heads: int) -> Tensor:
-        """Norms queries [..., :heads, d] and keys [..., heads:, d] where the layout does."""
-
-    def out(self, x: Tensor) -> Tensor: ...
-
-    def mlp(self, x: Tensor) -> Tensor: ...
-
-
 def _layers_of(model: Any) -> list[_Layer]:
-    """The model's layers under the adapter that it wears now, until the batch ends."""
+    return [_Layer(layer) for layer in model.model.layers]
+
+
+def _may_be_copied(model: Any) -> bool:
     weights = sum(weight.numel() for weight in model.parameters())
     silu = getattr(model.config, "hidden_act", None) == "silu"
-    if model.dtype == torch.float32 and weights <= _MOST_COPIED and silu:
-        return [CopiedLayer(layer) for layer in model.model.layers]
-    return [_ModuleLayer(layer) for layer in model.model.layers]
+    return model.dtype == torch.float32 and weights <= _MOST_COPIED and silu
 
 
-class _ModuleLayer:
-    """The modules themselves: a LoRA layer in place of a linear takes part as in the trainer's forward."""
+class _Layer:
+    """One transformer layer's parts, as modules: a LoRA layer in place of a linear takes part as in the trainer's
+    forward."""
 
     def __init__(self, layer: Any) -> None:
         self._attention = layer.self_attn
@@ -368,10 +360,12 @@ class _ModuleLayer:
         self.mlp = layer.mlp
 
     def qkv(self, x: Tensor) -> Tensor:
+        """Queries, keys and values side by side."""
         attention = self._attention
         return torch.cat((attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)), dim=-1)
 
     def qk_norm(self, qk: Tensor, heads: int) -> Tensor:
+        """Norms queries [..., :heads, d] and keys [..., heads:, d] where the layout does."""
         attention = self._attention
         if not hasattr(attention, "q_norm"):
             return qk

@@ -2,7 +2,8 @@
 
 Owns starting, recognising and killing process trees. A worker is known by its pid and start time, so a pid
 that the system gave to another program is never taken for it, and by a mark in its environment (the attempt's
-id, no secret) that its descendants inherit: they are found even when their supervisor is gone. A note for each
+id, no secret) that its descendants inherit: they are found even when their supervisor is gone. Supervisors are
+forked from a preloaded process where there is one (`preload`), and differ in nothing from others. A note for each
 living worker lies in `.live/`, from which a restarted server finds its workers again.
 """
 
@@ -17,12 +18,14 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 import psutil
 
 from flash.errors import Unavailable
 from flash.launching.hardware import local_devices
 from flash.launching.launcher import LaunchRequest, Probe
+from flash.launching.preload import Preloaded
 
 SUPERVISOR = (sys.executable, "-P", "-m", "flash.worker.supervisor")
 ENGINE_HOST = (sys.executable, "-P", "-m", "flash.serving.host")
@@ -41,10 +44,12 @@ class LocalLauncher:
         devices: Sequence[str] | None = None,
         command: Sequence[str] = SUPERVISOR,
         engine_command: Sequence[str] = ENGINE_HOST,
+        preloaded: Preloaded | None = None,
     ) -> None:
         self._root = work_root
         self._command = tuple(command)
         self._engine_command = tuple(engine_command)
+        self._preloaded = preloaded  # forks supervisors; without one, or when it can't, they are started afresh
         self._devices = None if devices is None else list(devices)
         self._children: dict[str, subprocess.Popen[bytes]] = {}  # by handle: ours to reap
         self._attempts: dict[str, str] = {}  # attempt id by handle
@@ -70,27 +75,47 @@ class LocalLauncher:
         try:
             work_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
             with (work_dir / ("supervisor.log" if request.engine is None else "host.log")).open("ab") as log:
-                child = subprocess.Popen(
-                    self._command if request.engine is None else self._engine_command,
-                    stdin=subprocess.PIPE,
-                    stdout=log,
-                    stderr=log,
-                    cwd=work_dir,
-                    env=_worker_environment(request),
-                    start_new_session=True,
-                )
+                read, write = os.pipe()
+                with os.fdopen(write, "wb") as words:
+                    with os.fdopen(read, "rb") as stdin:
+                        handle, told = self._fork(request, stdin, log) or self._spawn(request, stdin, log)
+                    self._attempts[handle] = request.attempt_id
+                    _write_json(self._note(request.attempt_id), {"attempt_id": request.attempt_id, "handle": handle})
+                    hello = request.hello("cuda:0" if request.device.startswith("cuda:") else request.device)
+                    with contextlib.suppress(BrokenPipeError):  # it died at once: the next probe tells
+                        words.write(told + json.dumps(hello).encode() + b"\n")
+                        words.close()
         except OSError as error:
             raise Unavailable(f"the worker can't be started: {error}") from error
+        return handle
+
+    def _spawn(self, request: LaunchRequest, stdin: IO[bytes], log: IO[bytes]) -> tuple[str, bytes]:
+        """A worker started afresh: its handle, and what it must read before its hello, which is nothing."""
+        child = subprocess.Popen(
+            self._command if request.engine is None else self._engine_command,
+            stdin=stdin,
+            stdout=log,
+            stderr=log,
+            cwd=request.work_dir,
+            env=_worker_environment(request),
+            start_new_session=True,
+        )
         handle = f"{child.pid}:{_start_time(child.pid)}"
         self._children[handle] = child
-        self._attempts[handle] = request.attempt_id
-        _write_json(self._note(request.attempt_id), {"attempt_id": request.attempt_id, "handle": handle})
-        hello = request.hello("cuda:0" if request.device.startswith("cuda:") else request.device)
-        assert child.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it died at once: the next probe tells
-            child.stdin.write(json.dumps(hello).encode() + b"\n")
-            child.stdin.close()
-        return handle
+        return handle, b""
+
+    def _fork(self, request: LaunchRequest, stdin: IO[bytes], log: IO[bytes]) -> tuple[str, bytes] | None:
+        """The same of a supervisor that is forked, and waits for its variables and its folder; None: there is none."""
+        if self._preloaded is None or request.engine is not None:
+            return None
+        pid = self._preloaded.fork(stdin.fileno(), log.fileno())
+        if pid is None:
+            return None
+        told = {"environ": _worker_environment(request), "cwd": request.work_dir}
+        try:
+            return f"{pid}:{_start_time(pid)}", json.dumps(told).encode() + b"\n"
+        except psutil.Error:  # killed already
+            return None
 
     def probe(self, handle: str) -> Probe:
         """Dead only when the supervisor and everything it started are gone."""

@@ -88,6 +88,7 @@ class OrgRow:
     id: str
     created_at: float
     revoked_at: float | None
+    share: float = 1.0  # its weight where devices are scarce
 
 
 def new_token(prefix: str = KEY_PREFIX) -> str:
@@ -127,7 +128,7 @@ def create_org(connection: Connection, org: str, *, now: float) -> OrgRow:
 
 def list_orgs(connection: Connection) -> list[OrgRow]:
     rows = connection.execute(select(schema.orgs).order_by(schema.orgs.c.id))
-    return [OrgRow(row.id, row.created_at, row.revoked_at) for row in rows]
+    return [OrgRow(row.id, row.created_at, row.revoked_at, row.share) for row in rows]
 
 
 def get_org(connection: Connection, org: str) -> OrgRow:
@@ -135,7 +136,7 @@ def get_org(connection: Connection, org: str) -> OrgRow:
     row = connection.execute(select(schema.orgs).where(schema.orgs.c.id == org)).first()
     if row is None or row.revoked_at is not None:
         raise NotFound(f"no org {org!r:.80}", remedy="flash admin org create makes one")
-    return OrgRow(row.id, row.created_at, row.revoked_at)
+    return OrgRow(row.id, row.created_at, row.revoked_at, row.share)
 
 
 def revoke_org(connection: Connection, org: str, *, now: float) -> None:

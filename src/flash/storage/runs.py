@@ -85,6 +85,7 @@ class RunRow(PricedRow):
     ttl_s: float | None = None
     collected_at: float | None = None
     silenced_at: float | None = None
+    priority: int = 0
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,7 @@ class NewRun:
     reason: str = "submitted"
     key_id: str | None = None
     gpus: int = 0
+    priority: int = 0
 
 
 def new_run_id(now: float) -> str:
@@ -193,6 +195,7 @@ def insert_run(connection: Connection, new: NewRun, *, now: float, run_id: str |
             micro_batch_divisor=new.micro_batch_divisor,
             key_id=new.key_id,
             gpus=new.gpus,
+            priority=new.priority,
         )
     )
     first = {"from": None, "to": RunState.QUEUED.value, "reason": new.reason}
@@ -244,11 +247,12 @@ def any_open(connection: Connection) -> bool:
 
 
 def count_ahead(connection: Connection, run: RunRow) -> int:
-    """Runs of anyone that are queued in front of this one."""
+    """Runs of its own org that are queued in front of this one."""
     table = schema.runs
     earlier = tuple_(table.c.created_at, table.c.id) < tuple_(run.created_at, run.id)
-    query = select(func.count()).where(table.c.state == RunState.QUEUED.value, earlier)
-    return int(connection.execute(query).scalar_one())
+    before = or_(table.c.priority > run.priority, (table.c.priority == run.priority) & earlier)
+    queued = (table.c.org_id == run.org_id) & (table.c.state == RunState.QUEUED.value)
+    return int(connection.execute(select(func.count()).where(queued, before)).scalar_one())
 
 
 def under_way(connection: Connection, *, key_id: str) -> tuple[int, int]:
@@ -339,6 +343,23 @@ def request_cancel(connection: Connection, run_id: str, *, now: float) -> bool:
     if state is None:
         return False
     data = {"from": state, "to": state, "reason": "cancel requested"}
+    append(connection, run_id, [NewEvent(EventKind.STATE, data, now)], now=now)
+    return True
+
+
+def set_priority(connection: Connection, run_id: str, priority: int, *, reason: str, now: float) -> bool:
+    """False if the run has ended or had that priority."""
+    table = schema.runs
+    ended = [state.value for state in RunState if state.terminal]
+    state = connection.execute(
+        update(table)
+        .where(table.c.id == run_id, table.c.priority != priority, table.c.state.not_in(ended))
+        .values(priority=priority, updated_at=now)
+        .returning(table.c.state)
+    ).scalar()
+    if state is None:
+        return False
+    data = {"from": state, "to": state, "reason": reason}
     append(connection, run_id, [NewEvent(EventKind.STATE, data, now)], now=now)
     return True
 

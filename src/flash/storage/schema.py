@@ -64,6 +64,8 @@ orgs = Table(
     Column("id", String(64), primary_key=True),
     Column("created_at", Double, nullable=False),
     Column("revoked_at", Double),
+    Column("share", Double, nullable=False, server_default="1"),  # its weight where devices are scarce
+    Column("turn", Double, nullable=False, server_default="0"),  # the start tag of its next run
 )
 
 api_keys = Table(
@@ -160,6 +162,7 @@ runs = Table(
     Column("ttl_s", Double),  # of its files after its end; none: the server's
     Column("collected_at", Double),  # when its time was over and its checkpoints went
     Column("silenced_at", Double),  # when its events went
+    Column("priority", Integer, nullable=False, server_default="0"),  # among its org's own, the highest first
     Index("runs_by_org", "org_id", "created_at", "id"),
     Index("runs_by_state", "state", "created_at", "id"),
     Index("runs_by_org_and_state", "org_id", "state"),

@@ -21,6 +21,7 @@ from flash.inference.chat import RenderedTarget
 
 # What starting another micro-batch costs, in tokens of the same work: the price of less padding.
 OVERHEAD_TOKENS = {"cpu": 128, "cuda": 2048}
+_MOST_HIDDEN = 1 << 22  # entries (16 MB) of a table that says which positions see which
 LEAST_TOKENS = 128  # fewer are not worth a lane of their own
 
 Ints = npt.NDArray[np.int64]
@@ -132,6 +133,22 @@ def micro_batches(lengths: Sequence[int] | Ints, *, token_budget: int, overhead_
 
 
 @dataclass(frozen=True)
+class Split:
+    """Attention in two parts, so that an opening's queries are asked once and never meet what comes after them: the
+    P distinct openings by themselves, and every row's own part (C positions) over its whole row (T).
+
+    `openings_P_S` and `own_B_C` say which of the U computed positions is where (an arbitrary one where it is
+    padding), `place_U` where each of the U is in both parts' P*S + B*C positions. `hidden_B_1_C_T` is -inf where a
+    position does not see another one.
+    """
+
+    openings_P_S: Tensor
+    own_B_C: Tensor
+    hidden_B_1_C_T: Tensor
+    place_U: Tensor
+
+
+@dataclass(frozen=True)
 class Sharing:
     """Which positions of a batch need computing: rows that open alike need their opening once.
 
@@ -141,6 +158,7 @@ class Sharing:
 
     computed_U: Tensor
     place_BT: Tensor
+    split: Split | None = None  # None: attention takes whole rows
 
 
 @dataclass(frozen=True)
@@ -196,4 +214,31 @@ def _sharing(
     computed = np.flatnonzero((source == flat) & real)
     rank = np.zeros(flat.size, dtype=np.int64)
     rank[computed] = np.arange(len(computed))
-    return Sharing(torch.from_numpy(computed).to(device), torch.from_numpy(rank[source.reshape(-1)]).to(device))
+    place_B_T = rank[source]
+    split = _split(np.asarray(lengths), openings, place_B_T, len(computed), device)
+    return Sharing(torch.from_numpy(computed).to(device), torch.from_numpy(place_B_T.reshape(-1)).to(device), split)
+
+
+def _split(
+    lengths: Ints, openings: Sequence[tuple[int, int]], place_B_T: Ints, computed: int, device: torch.device
+) -> Split | None:
+    """None where it is no gain: its table of what is hidden would be large, or own parts are most of the rows."""
+    rows, longest = place_B_T.shape
+    starts = np.asarray([length for _, length in openings])
+    owners = np.asarray(sorted({row for row, _ in openings}))
+    own, opening = int((lengths - starts).max()), int(starts.max())
+    if rows * own * longest > _MOST_HIDDEN or 4 * opening < own:
+        return None
+    columns_C, columns_S = np.arange(own), np.arange(opening)
+    at_B_C = starts[:, None] + columns_C
+    own_B_C = np.take_along_axis(place_B_T, np.minimum(at_B_C, longest - 1), axis=1)
+    openings_P_S = place_B_T[owners, :opening]
+    place_U = np.zeros(computed, dtype=np.int64)
+    theirs_P_S = columns_S < starts[owners, None]
+    place_U[openings_P_S[theirs_P_S]] = np.flatnonzero(theirs_P_S)
+    theirs_B_C = at_B_C < lengths[:, None]
+    place_U[own_B_C[theirs_B_C]] = np.flatnonzero(theirs_B_C) + theirs_P_S.size
+    hidden_B_C_T = np.where(np.arange(longest) > at_B_C[:, :, None], np.float32(-np.inf), np.float32(0.0))
+    return Split(*(
+        torch.from_numpy(part).to(device) for part in (openings_P_S, own_B_C, hidden_B_C_T[:, None], place_U)
+    ))  # fmt: skip

@@ -92,16 +92,27 @@ class _Lean:
             rotation = rotation[0][sharing.computed_U % length], rotation[1][sharing.computed_U % length]
         hidden = backbone.embed_tokens(tokens)
         last = backbone.layers[-1]
+        every_U, last_N = _places(positions_N, needed_N, sharing)
         for layer in backbone.layers:
             normed = _norm(layer.input_layernorm, hidden)
-            mixed = _attention(layer.self_attn, normed, rows, length, rotation, sharing)  # (B*T, heads*D)
+            mixed = _attention(layer.self_attn, normed, rows, length, rotation, sharing)
             if layer is last:
-                mixed, hidden = mixed.index_select(0, positions_N), hidden.index_select(0, needed_N)
-            elif sharing is not None:
-                mixed = mixed.index_select(0, sharing.computed_U)
+                mixed, hidden = mixed.index_select(0, last_N), hidden.index_select(0, needed_N)
+            elif every_U is not None:
+                mixed = mixed.index_select(0, every_U)
             hidden = hidden + _project([layer.self_attn.o_proj], mixed)
             hidden = hidden + _mlp(layer.mlp, _norm(layer.post_attention_layernorm, hidden))
         return _norm(backbone.norm, hidden)
+
+
+def _places(positions_N: Tensor, needed_N: Tensor, sharing: Sharing | None) -> tuple[Tensor | None, Tensor]:
+    """Where in what `_attention` returns the computed positions stand (None: they are all of it), and those that are
+    needed in the end."""
+    if sharing is None:
+        return None, positions_N
+    if sharing.split is None:
+        return sharing.computed_U, positions_N
+    return sharing.split.place_U, sharing.split.place_U[needed_N]
 
 
 def _attention(
@@ -109,26 +120,42 @@ def _attention(
 ) -> Tensor:
     """Causal attention of right-padded rows, before the output projection: (B*T, heads*D).
 
-    `x` (U, H) holds the computed positions: all B*T of them without sharing.
+    `x` (U, H) holds the computed positions: all B*T of them without sharing. Where attention is split, the result
+    holds the openings' positions and then the rows' own: (P*S + B*C, heads*D).
     """
     width = attention.head_dim
     shape = (rows, length) if sharing is None else (len(x),)
     projected = _project([attention.q_proj, attention.k_proj, attention.v_proj], x).view(*shape, -1, width)
     queries = attention.q_proj.out_features // width
     keys = attention.k_proj.out_features // width
-    query, key, value = projected.split([queries, keys, keys], dim=-2)
+    both, value = projected.split([queries + keys, keys], dim=-2)
     if hasattr(attention, "q_norm"):
-        query, key = _norm(attention.q_norm, query), _norm(attention.k_norm, key)
-    query, key = _Rotate.apply(query, *rotation), _Rotate.apply(key, *rotation)
-    if sharing is not None:  # every row gets its own view of what it shares
-        query, key, value = (
-            part.index_select(0, sharing.place_BT).view(rows, length, -1, width) for part in (query, key, value)
+        weights = [attention.q_norm.weight.expand(queries, -1), attention.k_norm.weight.expand(keys, -1)]
+        both = _RMSNorm.apply(both, torch.cat(weights), attention.q_norm.variance_epsilon)
+    query, key = _Rotate.apply(both, *rotation).split([queries, keys], dim=-2)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None = None) -> Tensor:
+        mixed = F.scaled_dot_product_attention(
+            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2),
+            attn_mask=hidden, is_causal=hidden is None, scale=attention.scaling, enable_gqa=queries != keys,
         )
-    mixed = F.scaled_dot_product_attention(
-        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2),
-        is_causal=True, scale=attention.scaling, enable_gqa=queries != keys,
-    )
-    return mixed.transpose(1, 2).reshape(rows * length, queries * width)
+        return mixed.transpose(1, 2).reshape(-1, queries * width)
+
+    if sharing is None:
+        return attend(query, key, value)
+    # every row gets its own view of what it shares
+    all_keys, all_values = (_rows_of(part, sharing.place_BT.view(rows, length)) for part in (key, value))
+    if sharing.split is None:
+        return attend(_rows_of(query, sharing.place_BT.view(rows, length)), all_keys, all_values)
+    split = sharing.split
+    opened = attend(*(_rows_of(part, split.openings_P_S) for part in (query, key, value)))
+    own = attend(_rows_of(query, split.own_B_C), all_keys, all_values, split.hidden_B_1_C_T)
+    return torch.cat([opened, own])
+
+
+def _rows_of(parts_U: Tensor, place_B_T: Tensor) -> Tensor:
+    """(U, heads, D) laid out as (B, T, heads, D)."""
+    return parts_U.index_select(0, place_B_T.reshape(-1)).view(*place_B_T.shape, *parts_U.shape[1:])
 
 
 def _mlp(mlp: Any, x: Tensor) -> Tensor:
@@ -144,9 +171,11 @@ def _norm(norm: Any, x: Tensor) -> Tensor:
 def _project(layers: Sequence[LoraLinear], x: Tensor) -> Tensor:
     """Several projections of one input (N, in), side by side: (N, sum of outs)."""
     pairs = [layer.pair for layer in layers if layer.pair is not None]
-    if len(pairs) < len(layers):  # the bare base, or an adapter that leaves some of these layers out
-        return torch.cat([layer(x) for layer in layers], dim=-1)
     biases = [layer.bias for layer in layers if layer.bias is not None]
+    if not pairs:  # the bare base
+        return F.linear(x, torch.cat([layer.weight for layer in layers]), torch.cat(biases) if biases else None)
+    if len(pairs) < len(layers):  # an adapter that leaves some of these layers out
+        return torch.cat([layer(x) for layer in layers], dim=-1)
     factors = [factor for pair in pairs for factor in (pair.A, pair.B)]
     result: Tensor = _AdaptedLinear.apply(
         x,
@@ -225,8 +254,9 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up)
-        return _gated(gate_up)
+        gated, silu = _gated(gate_up)
+        ctx.save_for_backward(gate_up, silu)
+        return gated
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
@@ -234,21 +264,19 @@ class _SwiGLU(torch.autograd.Function):
 
 
 @scripted
-def _gated(gate_up: Tensor) -> Tensor:
+def _gated(gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    """The result, and silu(gate)."""
     gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
+    silu = F.silu(gate)
+    return silu * up, silu
 
 
 @scripted
-def _gated_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
+def _gated_backward(grad: Tensor, gate_up: Tensor, silu: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
-    sigmoid = torch.sigmoid(gate)
-    silu = gate * sigmoid
-    # silu' = sigmoid + silu * (1 - sigmoid)
-    slope = torch.addcmul(sigmoid + silu, silu, sigmoid, value=-1)
     of_both = torch.empty_like(gate_up)
     of_gate, of_up = of_both.chunk(2, dim=-1)
-    torch.mul(slope.mul_(grad), up, out=of_gate)
+    torch.ops.aten.silu_backward(grad * up, gate, grad_input=of_gate)
     torch.mul(silu, grad, out=of_up)
     return of_both
 

@@ -21,7 +21,7 @@ from flash.config.run import RunSpec
 from flash.inference.chat import ChatRenderer
 from flash.training.batches import TokenRows
 
-LEAST_ROWS = 10_000  # fewer are rendered about as fast as they are found
+LEAST_ROWS = 1_000  # fewer are rendered about as fast as they are found
 MOST_BYTES = 8 * 2**30  # of all entries; the newest one stays whatever its size
 _FORMAT = 1  # of entries, and of what rendering makes of a row
 

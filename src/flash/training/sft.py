@@ -9,8 +9,9 @@ environment through `EnvironmentClient` and the world through `Reporter`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -48,6 +49,7 @@ from flash.training.reporter import Reporter
 
 HELD_OUT_SPLIT, HELD_OUT_ROWS = "eval", 200
 _ROWS_PER_CALL = 256  # targets asked of the environment at once
+K = TypeVar("K")
 T = TypeVar("T")
 
 
@@ -292,13 +294,16 @@ def _rendered(
     tally: _Tally,
     reporter: Reporter,
 ) -> Iterator[RenderedTarget]:
-    """Every row of the split that has something to train on, in order."""
-    for indices, targets in _asked_ahead(environment, split, count):
-        asked = [
-            (target.prompt, target.completion, f"row {index + 1} of split {split!r}")
-            for index, target in zip(indices, targets, strict=True)
-        ]
-        for target, whole in zip(targets, renderer.render_targets(asked), strict=True):
+    """Every row of the split that has something to train on, in order.
+
+    The environment makes the next targets while these are rendered; rendering is half Python, half tokenising, which
+    leaves the interpreter to the other thread.
+    """
+    portions = [range(start, min(start + _ROWS_PER_CALL, count)) for start in range(0, count, _ROWS_PER_CALL)]
+    asked = _ahead(1, ((portion, partial(environment.targets, split, portion)) for portion in portions))
+    pairs = _ahead(2, ((targets, partial(_render, renderer, split, at, targets)) for at, targets in asked))
+    for targets, rendered in pairs:
+        for target, whole in zip(targets, rendered, strict=True):
             kept = whole.truncated(max_length)
             tally.truncated += kept is not whole
             tally.without_thinking += not _has_thinking(target)
@@ -310,17 +315,26 @@ def _rendered(
         reporter.progress()
 
 
-def _asked_ahead(
-    environment: EnvironmentClient, split: str, count: int
-) -> Iterator[tuple[range, Sequence[SFTTarget]]]:
-    """The split's targets in portions; the next one is made by the environment while this one is rendered."""
-    portions = [range(start, min(start + _ROWS_PER_CALL, count)) for start in range(0, count, _ROWS_PER_CALL)]
-    with ThreadPoolExecutor(1, thread_name_prefix="targets") as pool:
-        asked = [pool.submit(environment.targets, split, portion) for portion in portions[:1]]
-        for number, portion in enumerate(portions, start=1):
-            targets = asked.pop().result()
-            asked += [pool.submit(environment.targets, split, after) for after in portions[number : number + 1]]
-            yield portion, targets
+def _render(
+    renderer: ChatRenderer, split: str, indices: Sequence[int], targets: Sequence[SFTTarget]
+) -> list[RenderedTarget]:
+    return renderer.render_targets([
+        (target.prompt, target.completion, f"row {index + 1} of split {split!r}")
+        for index, target in zip(indices, targets, strict=True)
+    ])  # fmt: skip
+
+
+def _ahead(threads: int, work: Iterable[tuple[K, Callable[[], T]]]) -> Iterator[tuple[K, T]]:
+    """Each piece of work's label and result, in order; so many more are under way on threads while one is used."""
+    with ThreadPoolExecutor(threads, thread_name_prefix="preparing") as pool:
+        under_way: deque[tuple[K, Future[T]]] = deque()
+        for label, piece in work:
+            under_way.append((label, pool.submit(piece)))
+            if len(under_way) > threads:
+                label, future = under_way.popleft()
+                yield label, future.result()
+        for label, future in under_way:
+            yield label, future.result()
 
 
 def _has_thinking(target: SFTTarget) -> bool:

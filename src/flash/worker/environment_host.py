@@ -632,7 +632,7 @@ class _Server:
         if method not in ("info", "rows", "targets", "start", "step", "score"):
             raise InternalError(f"no such method: {method}")
         result = getattr(self._environment, method)(**params)
-        return [asdict(item) for item in result] if isinstance(result, list) else asdict(result)
+        return [vars(item) for item in result] if isinstance(result, list) else vars(result)  # of plain JSON
 
 
 def _end() -> None:

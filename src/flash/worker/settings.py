@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from flash.artifacts.manifests import PART_BYTES
 from flash.errors import InvalidInput
 
 VARIABLE = "FLASH_WORKER_SETTINGS"
@@ -29,6 +30,8 @@ class WorkerSettings:
     retry_most_s: float = 5.0             # … to here
     lease_margin: float = 0.2             # share of the lease kept in hand to kill the children in time
 
+    # the store
+    upload_part_bytes: int = PART_BYTES   # of a large file in one object, so what is sent again when a line breaks
     download_patience_s: float = 120.0    # for the environment and checkpoints, while their source fails
 
     # events

@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 
@@ -64,7 +64,13 @@ from flash.worker.packages import prepare
 from flash.worker.reporting import AttemptSink, EventSpool, LogIntake, Sender, Warn
 from flash.worker.settings import WorkerSettings
 from flash.worker.trainer import OUT_OF_MEMORY_STATUS, is_full_disk
-from flash.worker.trainer_process import TRAINER, TrainerProcess, trainer_environment
+from flash.worker.trainer_process import (
+    TRAINER,
+    StandBy,
+    TrainerProcess,
+    trainer_environment,
+    usable_cpus,
+)
 from flash.worker.uploading import LocalCheckpoint, Uploader
 from flash.worker.wandb_sink import sinks_for
 
@@ -187,22 +193,22 @@ class Supervisor:
         settings: WorkerSettings,
         environ: Mapping[str, str],
         *,
-        trainer: Sequence[str] = TRAINER,
+        trainer: Sequence[str] | StandBy = TRAINER,
         sinks: SinkFactory = lambda claim, work_dir, settings, warn: (),
     ) -> None:
         self._start = start
         self._settings = settings
         self._environ = environ
-        self._trainer_command = trainer
+        self._trainer_program = trainer
         self._make_sinks = sinks
         self._work_dir = Path(start.work_dir)
         self._api = WorkerApi(start.api_url, start.attempt_id, start.token, settings)
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()  # the one queue that signal handlers may use
         self._gone = threading.Event()
         self._pulse = Pulse()
-        self._gate = threading.Lock()            # guards the three below
+        self._gate = threading.RLock()           # guards the three below
         self._environment_ready = threading.Event()
-        self._held_phase: dict[str, Any] | None = None
+        self._held_phases: list[dict[str, Any]] = []
         self._shown_phase: dict[str, Any] | None = None
         self._host: EnvironmentHost | None = None
         self._has_quarters = False               # a folder of the host's user, outside the work folder
@@ -304,11 +310,11 @@ class Supervisor:
         uploader.start()
         self._uploader = uploader
         self._set_phase({"phase": Phase.PREPARING_ENVIRONMENT.value})
-        threads = settings.threads or _usable_cpus()
+        threads = settings.threads or usable_cpus()
         trainer_dir = self._work_dir / "trainer"
         trainer_dir.mkdir(parents=True, exist_ok=True)
         self._trainer = TrainerProcess(
-            self._trainer_command,
+            self._trainer_program,
             work_dir=trainer_dir,
             environment={
                 **trainer_environment(self._environ, device=self._start.device, threads=threads),
@@ -398,8 +404,8 @@ class Supervisor:
         failpoint("supervisor.ready")
         with self._gate:
             self._environment_ready.set()
-            held = self._held_phase or {"phase": Phase.LOADING_MODEL.value}  # its imports are part of that
-        self._set_phase(held)
+            for held in self._held_phases or [{"phase": Phase.LOADING_MODEL.value}]:  # its imports are part of that
+                self._set_phase(held)
 
     def _send_job(self, threads: int) -> None:
         """Fetches what the trainer starts from, and hands it the job."""
@@ -513,7 +519,7 @@ class Supervisor:
         self._training_began |= phase is Phase.TRAINING
         with self._gate:
             if not self._environment_ready.is_set() and phase is not Phase.PREPARING_ENVIRONMENT:
-                self._held_phase = data
+                self._held_phases.append(data)
                 self._pulse.advance()
                 return
             shown = {"phase": phase.value, "total_steps": data.get("total_steps")}
@@ -738,16 +744,6 @@ def _unsaved(error: FlashError | None) -> Verdict:
     return Verdict("failed", FailureKind.INFRASTRUCTURE, lost)
 
 
-def _usable_cpus() -> int:
-    """CPUs that this process may really use: affinity, and a container's quota."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            cpus = min(cpus, max(1, round(int(quota) / int(period))))
-    return cpus
-
-
 def _oom_kills() -> int:
     """How often the kernel has killed for memory in this container; 0 where it can't be told."""
     with contextlib.suppress(OSError, ValueError):
@@ -763,7 +759,7 @@ def _say(text: str, status: int) -> int:
     return status
 
 
-def main(trainer: Sequence[str] = TRAINER) -> None:
+def main(trainer: Sequence[str] | StandBy = TRAINER) -> NoReturn:
     environ = dict(os.environ)
     try:
         start = Start.parse(sys.stdin.buffer.readline(1 << 20))

@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import errno
 import functools
+import gc
 import json
 import os
 import queue
@@ -23,7 +24,7 @@ import threading
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 
@@ -148,6 +149,8 @@ def _train(job: Mapping[str, Any], channel: Channel, stop: threading.Event) -> s
     )
     if fallback is not None:
         reporter.warn("device", fallback)
+    gc.freeze()  # what is there by now stays
+    gc.enable()
     base = dataclasses.replace(base, lanes=share_cpus(base.model, int(job["threads"])))
     failpoint("trainer.loaded")
     train = _algorithm(spec.algorithm)
@@ -219,7 +222,7 @@ def make_repeatable(seed: int, *, threads: int) -> None:
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(seed % 2**32)
     torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms does this, and imports the compiler
 
 
 def _memory() -> int:
@@ -263,6 +266,11 @@ def main() -> None:
     parser.add_argument("--fd", type=int, required=True)
     fd = parser.parse_args().fd
     os.set_inheritable(fd, False)
+    serve(socket.socket(fileno=fd))
+
+
+def serve(sock: socket.socket) -> NoReturn:
+    """One training for the supervisor at the other end; ends the process."""
     stop = threading.Event()
     jobs: queue.SimpleQueue[Frame] = queue.SimpleQueue()
 
@@ -272,7 +280,8 @@ def main() -> None:
         elif frame.get("type") == "stop":
             stop.set()
 
-    channel = Channel(socket.socket(fileno=fd), on_frame=on_frame, on_close=lambda: os._exit(1)).start()
+    gc.disable()  # imports make many objects and no garbage: looking for it would take a fourth of their time
+    channel = Channel(sock, on_frame=on_frame, on_close=lambda: os._exit(1)).start()
     _import_training()
     outcome = run(jobs.get(), channel, stop)
     sys.stdout.flush()

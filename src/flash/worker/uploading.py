@@ -179,6 +179,7 @@ class Uploader(threading.Thread):
             checkpoint.folder,
             checkpoint.final,
             checkpoint.metrics,
+            part_bytes=max(1, self._settings.upload_part_bytes),
         )
         self._on_progress()
         report = CheckpointReport(

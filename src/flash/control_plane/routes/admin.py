@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from flash.control_plane.administering import Administration
 from flash.control_plane.auth import Admin, Owner, Plane
 from flash.control_plane.services import Services
-from flash.records import AuditEntry, Key, KeyRequest, NewKey, Org, OrgRequest
+from flash.records import AuditEntry, Key, KeyRequest, NewKey, Org, OrgRequest, ShareRequest
 from flash.storage.identity import Caller
 
 router = APIRouter(prefix="/api", tags=["admin"])
@@ -53,6 +53,15 @@ def revoke_org(org: Part, me: Owner, plane: Plane) -> Org:
     revoked = _for(plane, me).revoke_org(org)
     plane.wake.set()
     return revoked
+
+
+@router.patch("/orgs/{org}")
+def set_share(org: Part, body: ShareRequest, request: Request, me: Owner, plane: Plane) -> Org:
+    """The org's weight among the others where devices are scarce."""
+    request.state.object = f"org={org} share={body.share:g}"
+    changed = _for(plane, me).set_share(org, body.share)
+    plane.wake.set()
+    return changed
 
 
 @router.post("/keys", status_code=201)

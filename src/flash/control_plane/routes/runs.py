@@ -20,7 +20,7 @@ from flash.control_plane.retrying import retry as retry_run
 from flash.control_plane.services import Services
 from flash.control_plane.status import run_status, run_summary
 from flash.control_plane.submitting import submit
-from flash.errors import InvalidInput, NotFound
+from flash.errors import Conflict, InvalidInput, NotFound
 from flash.failpoints import failpoint
 from flash.records import (
     Checkpoint,
@@ -28,6 +28,7 @@ from flash.records import (
     EventKind,
     KeepRequest,
     Manifest,
+    PriorityRequest,
     RetryRequest,
     RunState,
     RunStatus,
@@ -145,6 +146,21 @@ def keep(run_id: str, body: KeepRequest, me: Me, plane: Plane) -> RunStatus:
         ttl_s = None if body.days is None else body.days * retention.DAY_S
         retention.keep(connection, run.id, pinned=body.pinned, ttl_s=ttl_s)
         return _status(plane, connection, runs.get_run(connection, run.id))
+
+
+@router.post("/{run_id}/priority")
+def set_priority(run_id: str, body: PriorityRequest, request: Request, me: Me, plane: Plane) -> RunStatus:
+    """Among its org's own runs; it takes nothing from one that has a device."""
+    request.state.object = f"run_id={run_id} priority={body.priority.value}"
+    with plane.database.write() as connection:
+        run = runs.get_run(connection, run_id, org=me.org)
+        if run.state.terminal:
+            raise Conflict(f"{run.id} is {run.state.value}: it waits for nothing any more")
+        reason = f"its priority is {body.priority.value} now"
+        runs.set_priority(connection, run.id, body.priority.rank, reason=reason, now=plane.clock())
+        status = _status(plane, connection, runs.get_run(connection, run.id))
+    plane.wake.set()
+    return status
 
 
 @router.get("/{run_id}/events")

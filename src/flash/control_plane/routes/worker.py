@@ -12,7 +12,7 @@ from fastapi import APIRouter, Response
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Connection
 
-from flash.artifacts.manifests import environment_key, object_key
+from flash.artifacts.manifests import environment_key, object_digests, object_key
 from flash.control_plane import checkpoints
 from flash.control_plane.auth import EngineHost, Plane, Ticket, Worker, WorkerIdentity, require_live
 from flash.control_plane.engines import hello as engine_hello
@@ -215,7 +215,9 @@ def urls(body: SignRequest, worker: Worker, plane: Plane) -> SignAnswer:
         init = checkpoints.find_init(connection, runs.get_run(connection, worker.run_id))
     if not plane.signs_for_workers:
         raise InvalidInput("this store has no addresses to sign", remedy="this worker has its settings instead")
-    given = {object_key(init.run_id, file.sha256) for file in init.files} if init and body.verb != "PUT" else set()
+    given: set[str] = set()
+    if init is not None and body.verb != "PUT":
+        given = {object_key(init.run_id, sha256) for sha256 in object_digests(init)}
     for key in body.keys:
         if not key.startswith(f"runs/{worker.run_id}/") and key not in given:
             raise Forbidden(f"{key!r:.200} is none of {worker.run_id}'s objects")

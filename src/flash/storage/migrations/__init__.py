@@ -1,3 +1,3 @@
 """The schema's history. `HEAD` names the newest revision, so that a start at head needs no Alembic import."""
 
-HEAD = "0007"
+HEAD = "0008"
