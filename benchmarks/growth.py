@@ -69,7 +69,7 @@ def main() -> None:
             for name, count in (("few", FEW), ("many", ROWS))
         },
         "notes": [
-            f"{ROWS:,} rows start {extra:.2f} s after {FEW:,} (goal: within {GOAL_S:g} s), with {memory:.2f} times the"
+            f"{ROWS:,} rows start {extra:+.2f} s after {FEW:,} (goal: within {GOAL_S:g} s), with {memory:.2f} times the"
             f" memory; the first time they took {starts['many'][0]['first_step_s']:.0f} s.",
             f"Of those starts, preparing data took {data['few'].median:.2f} s with {FEW:,} rows and"
             f" {data['many'].median:.2f} s with {ROWS:,}; the rest is the start of processes and imports.",

@@ -179,9 +179,7 @@ def test_a_supervisor_learns_how_its_forked_trainer_ended(launcher, preloaded, t
     asked = request(tmp_path, device="brief")
     handle = local.launch(asked)
     told = json.loads(said(asked))
-    supervisor = psutil.Process(pid_of(handle))
-    with contextlib.suppress(psutil.NoSuchProcess):
-        supervisor.wait(60)  # it ends as its trainer did
+    wait_for(lambda: not alive(pid_of(handle)))  # it ends as its trainer did
     assert not alive(told["trainer"]["pid"])
     assert local.probe(handle) is Probe.ALIVE and alive(told["child"])
 

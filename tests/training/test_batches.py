@@ -70,7 +70,7 @@ def test_each_trained_token_meets_the_state_before_it() -> None:
         pad_id=0,
         device=torch.device("cpu"),
     )
-    assert batch.tokens_B_T.tolist() == [[5, 6, 7, 0, 0], [8, 9, 10, 11, 12]]
+    assert batch.tokens_B_T.tolist() == [[5, 6, 7, 0], [8, 9, 10, 11]]  # the last one is nobody's predictor
     assert batch.targets_N.tolist() == [6, 7, 11, 12]  # never a row's first token, never a pad
     assert batch.tokens_B_T.reshape(-1)[batch.predictors_N].tolist() == [5, 6, 10, 11]
 

@@ -20,6 +20,7 @@ from flash.inference.copied_layers import Weights, copied, copied_head, decode_s
 
 _PREFILL_TOKENS = 8192  # padded prompt tokens in one prefill forward; bounds its activations
 _GROWTH = 128  # columns by which a full cache grows
+_KEPT_BYTES = 64 << 20  # of a cache that stays for the next batch: fresh memory costs as much as a few tokens
 _MOST_COPIED = 20_000_000  # parameters of a model whose adapted weights are copied for each batch
 
 
@@ -166,8 +167,13 @@ class RowDecoder:
     def rows(self) -> int:
         return int(self._starts_B.shape[0])
 
+    @torch.inference_mode()  # as the cache was made
     def clear(self) -> None:
-        self._copied, self._keys, self._values = [], [], []
+        self._copied = []
+        if sum(tensor.nbytes for tensor in (*self._keys, *self._values)) > _KEPT_BYTES:
+            self._keys, self._values = [], []
+        for tensor in (*self._keys, *self._values):
+            tensor.zero_()
         self._starts_B = self._starts_B[:0]
         self._column = 0
         self._hidden_BK_1_T = None

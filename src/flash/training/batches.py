@@ -182,7 +182,8 @@ def collate(
     device: torch.device,
     openings: Sequence[tuple[int, int]] | None = None,
 ) -> MicroBatch:
-    """Pads on the right: with causal layers what follows a token can't reach it, so no mask is needed.
+    """Pads on the right: with causal layers what follows a token can't reach it, so no mask is needed. What follows
+    a row's last predictor is left out: nothing asks for it.
 
     `openings[b] = (row, length)` says that row b begins with the same `length` tokens as `row`, which must
     come no later and have no earlier partner itself; a row without a partner names itself.
@@ -194,28 +195,31 @@ def collate(
         tokens[number, : len(row)] = row
         chosen[number, : len(row)] = mask
     chosen[:, 0] = False  # nothing predicts the first token
-    places = np.flatnonzero(chosen)
+    row_N, column_N = chosen.nonzero()
+    needed = np.maximum(np.where(chosen, np.arange(longest), 0).max(axis=1), 1)  # up to each row's last predictor
+    width = int(needed.max())
     return MicroBatch(
-        torch.from_numpy(tokens).to(device),
-        torch.from_numpy(places - 1).to(device),
-        torch.from_numpy(tokens.reshape(-1)[places]).to(device),
-        None if openings is None else _sharing([len(row) for row in rows], longest, openings, device),
+        torch.from_numpy(tokens[:, :width]).to(device).contiguous(),
+        torch.from_numpy(row_N * width + column_N - 1).to(device),
+        torch.from_numpy(tokens[row_N, column_N]).to(device),
+        None if openings is None else _sharing(needed, width, openings, device),
     )
 
 
 def _sharing(
-    lengths: Sequence[int], longest: int, openings: Sequence[tuple[int, int]], device: torch.device
+    lengths: Ints, longest: int, openings: Sequence[tuple[int, int]], device: torch.device
 ) -> Sharing:
+    openings = [(row, min(length, *lengths[[number, row]].tolist())) for number, (row, length) in enumerate(openings)]
     flat = np.arange(len(lengths) * longest).reshape(len(lengths), longest)
     source = flat.copy()
     for number, (row, length) in enumerate(openings):
         source[number, :length] = flat[row, :length]
-    real = np.arange(longest) < np.asarray(lengths)[:, None]
+    real = np.arange(longest) < lengths[:, None]
     computed = np.flatnonzero((source == flat) & real)
     rank = np.zeros(flat.size, dtype=np.int64)
     rank[computed] = np.arange(len(computed))
     place_B_T = rank[source]
-    split = _split(np.asarray(lengths), openings, place_B_T, len(computed), device)
+    split = _split(lengths, openings, place_B_T, len(computed), device)
     return Sharing(torch.from_numpy(computed).to(device), torch.from_numpy(place_B_T.reshape(-1)).to(device), split)
 
 

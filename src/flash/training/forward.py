@@ -54,7 +54,7 @@ def lone_rows_forward(base: BaseModel) -> Forward:
     return forward
 
 
-def lean_forward(base: BaseModel) -> Forward | None:
+def lean_forward(base: BaseModel) -> LeanForward | None:
     """The lean forward, if the layout is known and its numbers agree with the model's own here."""
     config = base.model.config
     if config.model_type not in ("qwen3", "llama") or config.hidden_act != "silu" or base.dtype != torch.float32:
@@ -63,7 +63,7 @@ def lean_forward(base: BaseModel) -> Forward | None:
         return None
     if sum(weight.numel() for weight in base.model.parameters()) > _MAX_PARAMETERS:
         return None
-    lean = _Lean(base.backbone)
+    lean = LeanForward(base.backbone)
     return lean if _agrees(lean, model_forward(base), base) else None
 
 
@@ -76,9 +76,15 @@ def _agrees(lean: Forward, own: Forward, base: BaseModel) -> bool:
     return bool((ours - theirs).abs().max() <= _TOLERANCE * theirs.abs().max().clamp(min=1.0))
 
 
-class _Lean:
-    def __init__(self, backbone: Any) -> None:
+class LeanForward:
+    """`bare`: as if the model wore no adapter, whatever it wears."""
+
+    def __init__(self, backbone: Any, *, bare: bool = False) -> None:
         self._backbone = backbone
+        self._bare = bare
+
+    def without_adapter(self) -> LeanForward:
+        return LeanForward(self._backbone, bare=True)
 
     def __call__(self, tokens_B_T: Tensor, positions_N: Tensor, sharing: Sharing | None = None) -> Tensor:
         backbone = self._backbone
@@ -95,14 +101,79 @@ class _Lean:
         every_U, last_N = _places(positions_N, needed_N, sharing)
         for layer in backbone.layers:
             normed = _norm(layer.input_layernorm, hidden)
-            mixed = _attention(layer.self_attn, normed, rows, length, rotation, sharing)
+            mixed = self._attention(layer.self_attn, normed, rows, length, rotation, sharing)
             if layer is last:
                 mixed, hidden = mixed.index_select(0, last_N), hidden.index_select(0, needed_N)
             elif every_U is not None:
                 mixed = mixed.index_select(0, every_U)
-            hidden = hidden + _project([layer.self_attn.o_proj], mixed)
-            hidden = hidden + _mlp(layer.mlp, _norm(layer.post_attention_layernorm, hidden))
+            hidden = hidden + self._project([layer.self_attn.o_proj], mixed)
+            hidden = hidden + self._mlp(layer.mlp, _norm(layer.post_attention_layernorm, hidden))
         return _norm(backbone.norm, hidden)
+
+    def _attention(
+        self,
+        attention: Any,
+        x: Tensor,
+        rows: int,
+        length: int,
+        rotation: tuple[Tensor, Tensor],
+        sharing: Sharing | None,
+    ) -> Tensor:
+        """Causal attention of right-padded rows, before the output projection: (B*T, heads*D).
+
+        `x` (U, H) holds the computed positions: all B*T of them without sharing. Where attention is split, the result
+        holds the openings' positions and then the rows' own: (P*S + B*C, heads*D).
+        """
+        width = attention.head_dim
+        shape = (rows, length) if sharing is None else (len(x),)
+        projected = self._project([attention.q_proj, attention.k_proj, attention.v_proj], x).view(*shape, -1, width)
+        queries = attention.q_proj.out_features // width
+        keys = attention.k_proj.out_features // width
+        both, value = projected.split([queries + keys, keys], dim=-2)
+        if hasattr(attention, "q_norm"):
+            weights = [attention.q_norm.weight.expand(queries, -1), attention.k_norm.weight.expand(keys, -1)]
+            both = _RMSNorm.apply(both, torch.cat(weights), attention.q_norm.variance_epsilon)
+        query, key = _Rotate.apply(both, *rotation).split([queries, keys], dim=-2)
+
+        def attend(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None = None) -> Tensor:
+            mixed = F.scaled_dot_product_attention(
+                query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2),
+                attn_mask=hidden, is_causal=hidden is None, scale=attention.scaling, enable_gqa=queries != keys,
+            )
+            return mixed.transpose(1, 2).reshape(-1, queries * width)
+
+        if sharing is None:
+            return attend(query, key, value)
+        # every row gets its own view of what it shares
+        all_keys, all_values = (_rows_of(part, sharing.place_BT.view(rows, length)) for part in (key, value))
+        if sharing.split is None:
+            return attend(_rows_of(query, sharing.place_BT.view(rows, length)), all_keys, all_values)
+        split = sharing.split
+        opened = attend(*(_rows_of(part, split.openings_P_S) for part in (query, key, value)))
+        own = attend(_rows_of(query, split.own_B_C), all_keys, all_values, split.hidden_B_1_C_T)
+        return torch.cat([opened, own])
+
+    def _mlp(self, mlp: Any, x: Tensor) -> Tensor:
+        gated: Tensor = _SwiGLU.apply(self._project([mlp.gate_proj, mlp.up_proj], x))
+        return self._project([mlp.down_proj], gated)
+
+    def _project(self, layers: Sequence[LoraLinear], x: Tensor) -> Tensor:
+        """Several projections of one input (N, in), side by side: (N, sum of outs)."""
+        pairs = [] if self._bare else [layer.pair for layer in layers if layer.pair is not None]
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        if not pairs:  # the bare base
+            return F.linear(x, torch.cat([layer.weight for layer in layers]), torch.cat(biases) if biases else None)
+        if len(pairs) < len(layers):  # an adapter that leaves some of these layers out
+            return torch.cat([layer(x) for layer in layers], dim=-1)
+        factors = [factor for pair in pairs for factor in (pair.A, pair.B)]
+        result: Tensor = _AdaptedLinear.apply(
+            x,
+            [layer.weight for layer in layers],
+            torch.cat(biases) if biases else None,
+            [pair.scaling for pair in pairs],
+            *factors,
+        )
+        return result
 
 
 def _places(positions_N: Tensor, needed_N: Tensor, sharing: Sharing | None) -> tuple[Tensor | None, Tensor]:
@@ -115,75 +186,13 @@ def _places(positions_N: Tensor, needed_N: Tensor, sharing: Sharing | None) -> t
     return sharing.split.place_U, sharing.split.place_U[needed_N]
 
 
-def _attention(
-    attention: Any, x: Tensor, rows: int, length: int, rotation: tuple[Tensor, Tensor], sharing: Sharing | None
-) -> Tensor:
-    """Causal attention of right-padded rows, before the output projection: (B*T, heads*D).
-
-    `x` (U, H) holds the computed positions: all B*T of them without sharing. Where attention is split, the result
-    holds the openings' positions and then the rows' own: (P*S + B*C, heads*D).
-    """
-    width = attention.head_dim
-    shape = (rows, length) if sharing is None else (len(x),)
-    projected = _project([attention.q_proj, attention.k_proj, attention.v_proj], x).view(*shape, -1, width)
-    queries = attention.q_proj.out_features // width
-    keys = attention.k_proj.out_features // width
-    both, value = projected.split([queries + keys, keys], dim=-2)
-    if hasattr(attention, "q_norm"):
-        weights = [attention.q_norm.weight.expand(queries, -1), attention.k_norm.weight.expand(keys, -1)]
-        both = _RMSNorm.apply(both, torch.cat(weights), attention.q_norm.variance_epsilon)
-    query, key = _Rotate.apply(both, *rotation).split([queries, keys], dim=-2)
-
-    def attend(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None = None) -> Tensor:
-        mixed = F.scaled_dot_product_attention(
-            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2),
-            attn_mask=hidden, is_causal=hidden is None, scale=attention.scaling, enable_gqa=queries != keys,
-        )
-        return mixed.transpose(1, 2).reshape(-1, queries * width)
-
-    if sharing is None:
-        return attend(query, key, value)
-    # every row gets its own view of what it shares
-    all_keys, all_values = (_rows_of(part, sharing.place_BT.view(rows, length)) for part in (key, value))
-    if sharing.split is None:
-        return attend(_rows_of(query, sharing.place_BT.view(rows, length)), all_keys, all_values)
-    split = sharing.split
-    opened = attend(*(_rows_of(part, split.openings_P_S) for part in (query, key, value)))
-    own = attend(_rows_of(query, split.own_B_C), all_keys, all_values, split.hidden_B_1_C_T)
-    return torch.cat([opened, own])
-
-
 def _rows_of(parts_U: Tensor, place_B_T: Tensor) -> Tensor:
     """(U, heads, D) laid out as (B, T, heads, D)."""
     return parts_U.index_select(0, place_B_T.reshape(-1)).view(*place_B_T.shape, *parts_U.shape[1:])
 
 
-def _mlp(mlp: Any, x: Tensor) -> Tensor:
-    gated: Tensor = _SwiGLU.apply(_project([mlp.gate_proj, mlp.up_proj], x))
-    return _project([mlp.down_proj], gated)
-
-
 def _norm(norm: Any, x: Tensor) -> Tensor:
     result: Tensor = _RMSNorm.apply(x, norm.weight, norm.variance_epsilon)
-    return result
-
-
-def _project(layers: Sequence[LoraLinear], x: Tensor) -> Tensor:
-    """Several projections of one input (N, in), side by side: (N, sum of outs)."""
-    pairs = [layer.pair for layer in layers if layer.pair is not None]
-    biases = [layer.bias for layer in layers if layer.bias is not None]
-    if not pairs:  # the bare base
-        return F.linear(x, torch.cat([layer.weight for layer in layers]), torch.cat(biases) if biases else None)
-    if len(pairs) < len(layers):  # an adapter that leaves some of these layers out
-        return torch.cat([layer(x) for layer in layers], dim=-1)
-    factors = [factor for pair in pairs for factor in (pair.A, pair.B)]
-    result: Tensor = _AdaptedLinear.apply(
-        x,
-        [layer.weight for layer in layers],
-        torch.cat(biases) if biases else None,
-        [pair.scaling for pair in pairs],
-        *factors,
-    )
     return result
 
 

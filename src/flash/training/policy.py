@@ -34,6 +34,7 @@ class Policy:
     forward: Forward
     name: str = NAME
     shares_openings: bool = False  # whether the forward makes use of a batch's `sharing`
+    bare_forward: Forward | None = None  # the bare base's, if it can be asked while the adapter is worn
     recomputes: bool = False  # whether backward computes each layer again, to keep less
 
     def parameters(self) -> list[nn.Parameter]:
@@ -45,14 +46,17 @@ class Policy:
             return
         recompute_layers(self.base)
         if self.shares_openings:  # the lean forward, which calls no layer
-            self.forward, self.shares_openings = model_forward(self.base), False
+            self.forward, self.shares_openings, self.bare_forward = model_forward(self.base), False, None
         self.recomputes = True
 
     def logprobs(self, batch: MicroBatch, *, temperature: float = 1.0, reference: bool = False) -> Tensor:
         """fp32 log-probabilities (N,) of the batch's trained tokens, under the adapter or the bare base."""
+        forward, worn = self.forward, None if reference else self.name
+        if reference and self.bare_forward is not None:
+            forward, worn = self.bare_forward, self.base.adapters.active_name
         # lanes come here side by side, all for the same adapter, which their caller has put on already
-        with self.base.adapters.active(None if reference else self.name):
-            hidden_N_H = self.forward(batch.tokens_B_T, batch.predictors_N, batch.sharing)
+        with self.base.adapters.active(worn):
+            hidden_N_H = forward(batch.tokens_B_T, batch.predictors_N, batch.sharing)
         return token_logprobs(hidden_N_H, self.base.head, batch.targets_N, temperature=temperature)
 
 
@@ -79,7 +83,8 @@ def build_policy(
         logging.getLogger(__name__).warning(
             "%s: rows of one batch affect each other, so each is computed by itself, which is slower", base.name
         )
-    return Policy(base, adapter, forward, shares_openings=lean is not None)
+    bare = lean.without_adapter() if lean else None
+    return Policy(base, adapter, forward, shares_openings=lean is not None, bare_forward=bare)
 
 
 @torch.no_grad()

@@ -156,6 +156,8 @@ class Collector:
         self._stop_ids = tuple(stop_ids)
         self._adapter = adapter
         self._multi_turn = multi_turn
+        closing = renderer.tokenizer(_THINK_CLOSE, add_special_tokens=False)["input_ids"]
+        self._close_id = closing[0] if len(closing) == 1 else None
         self._pool = ThreadPoolExecutor(_SCORING_THREADS, thread_name_prefix="environment")
 
     def close(self) -> None:
@@ -263,6 +265,9 @@ class Collector:
         closings = episode.raw.count(_THINK_CLOSE)
         if not closings:
             return len(tokens) if episode.thinking and not episode.response_text else 0
+        by_token = [place for place, token in enumerate(tokens) if token == self._close_id]
+        if len(by_token) == closings:
+            return by_token[-1] + 1
         low, high = 0, len(tokens)  # the shortest prefix whose text has all the closing tags
         while low < high:
             middle = (low + high) // 2

@@ -6,7 +6,7 @@ that are no numbers. Knows nothing of environments, prompts or how episodes came
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -125,16 +125,22 @@ class Updater:
         totals = Totals()
         shares = self._shares(rows)
         references = self._logprobs(shares, reference=True) if self._kl_coef else None
-        work = [
+        work: list[Callable[[], tuple[Totals, Gradients | None]]] = [
             partial(self._accumulate, share, references[lane] if references else None, normaliser)
             for lane, share in enumerate(shares)
         ]
-        with self._policy.base.adapters.active(self._policy.name):
-            for part, gradients in self._policy.base.lanes.run(work):
-                totals.add(part)
+        measured = [] if self._kl_coef else [partial(self._measure_kl, share) for share in self._shares(probes)]
+        beside = self._policy.bare_forward is not None  # the base can be asked while the adapter is worn
+        lanes, adapters = self._policy.base.lanes, self._policy.base.adapters
+        with adapters.active(self._policy.name):
+            found = lanes.run([*work, *measured] if beside else work)
+        if not beside:
+            with adapters.active(None):
+                found += lanes.run(measured)
+        for part, gradients in found:
+            totals.add(part)
+            if gradients is not None:
                 gradients.apply()
-        if not self._kl_coef:
-            self._measure_kl(probes, totals)
         if not rows:
             self._measure_mismatch(probes, totals)
         return totals
@@ -182,7 +188,7 @@ class Updater:
 
     def _accumulate(
         self, share: Sequence[Batch], references: Sequence[Tensor] | None, normaliser: int
-    ) -> tuple[Totals, Gradients]:
+    ) -> tuple[Totals, Gradients | None]:
         """One lane's part of the totals and of the gradient."""
         totals, gradients = Totals(), Gradients(self._parameters)
         for number, rows in enumerate(share):
@@ -209,22 +215,22 @@ class Updater:
                 totals.kl_tokens += len(logprobs_N)
         return totals, gradients
 
-    def _measure_kl(self, rows: Sequence[Row], totals: Totals) -> None:
-        for sampled_N, reference_N in self._beside_sampler(rows, reference=True):
-            totals.kl += k3(sampled_N, reference_N).sum().item()
-            totals.kl_tokens += len(sampled_N)
+    @torch.no_grad()
+    def _measure_kl(self, share: Sequence[Batch]) -> tuple[Totals, None]:
+        """One lane's part of how far the sampler is from the bare base."""
+        totals = Totals()
+        for rows in share:
+            reference_N = self._policy.logprobs(self._collated(rows), temperature=self._temperature, reference=True)
+            totals.kl += k3(self._token_values(rows)[0], reference_N).sum().item()
+            totals.kl_tokens += len(reference_N)
+        return totals, None
 
     def _measure_mismatch(self, rows: Sequence[Row], totals: Totals) -> None:
-        for sampled_N, logprobs_N in self._beside_sampler(rows, reference=False):
-            totals.mismatch += k3(sampled_N, logprobs_N).sum().item()
-            totals.tokens += len(sampled_N)
-
-    def _beside_sampler(self, rows: Sequence[Row], *, reference: bool) -> Iterator[tuple[Tensor, Tensor]]:
-        """The sampler's log-probabilities beside the trainer's (or the bare base's), batch by batch."""
         shares = self._shares(rows)
-        for share, found in zip(shares, self._logprobs(shares, reference=reference), strict=True):
+        for share, found in zip(shares, self._logprobs(shares, reference=False), strict=True):
             for batch, logprobs_N in zip(share, found, strict=True):
-                yield self._token_values(batch)[0], logprobs_N
+                totals.mismatch += k3(self._token_values(batch)[0], logprobs_N).sum().item()
+                totals.tokens += len(logprobs_N)
 
     def _logprobs(self, shares: Sequence[Sequence[Batch]], *, reference: bool) -> list[list[Tensor]]:
         """Without a graph, for each share and micro-batch, under the policy's adapter or (`reference`) none."""
