@@ -167,19 +167,19 @@ class RowDecoder:
     def rows(self) -> int:
         return int(self._starts_B.shape[0])
 
-    @torch.inference_mode()  # as the cache was made
     def clear(self) -> None:
         self._copied = []
         if sum(tensor.nbytes for tensor in (*self._keys, *self._values)) > _KEPT_BYTES:
             self._keys, self._values = [], []
-        for tensor in (*self._keys, *self._values):
-            tensor.zero_()
         self._starts_B = self._starts_B[:0]
         self._column = 0
         self._hidden_BK_1_T = None
 
     def admit(self, prompts: Sequence[Sequence[int]], repeats: Sequence[int]) -> Tensor:
         device = self._body.embed_tokens.weight.device
+        if not self.rows:
+            for tensor in (*self._keys, *self._values):
+                tensor.zero_()  # of an earlier batch, and by the lane that will fill it
         if self._copies and not self._copied:
             self._copied = [copied(layer) for layer in self._body.layers]
             self._head = copied_head(self._model)
