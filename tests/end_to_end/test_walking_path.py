@@ -107,10 +107,10 @@ def machine(request, tmp_path_factory) -> Iterator[Machine]:
 
 @pytest.fixture(scope="module")
 def submitted(machine) -> list[str]:
-    """Two runs, submitted at once: that which gets the device first, left to train, and the other one, cancelled."""
+    """Two long runs, submitted at once: that which gets the device first, and the other one, cancelled."""
     machine.flash("env", "push", "--name", "echo", "echo")
     machine.flash("server", "stop")  # so that both submits find none and start it together
-    arguments = ("train", "echo.toml", "--background", "--json", "--set", "train.max_steps=4", "--seed")
+    arguments = ("train", "echo.toml", "--background", "--json", "--set", "train.epochs=100000", "--seed")
     both = [machine.begin(*arguments, seed) for seed in (0, 1)]
     answers = [process.communicate(timeout=90) for process in both]
     assert [process.returncode for process in both] == [0, 0], answers
@@ -125,15 +125,12 @@ def submitted(machine) -> list[str]:
 
 @pytest.fixture(scope="module")
 def trained(machine, submitted) -> str:
-    """A run, followed, left alone by Ctrl-C, and followed to its end."""
-    follower = machine.begin("status", submitted[0], "-f")
-    assert follower.stdout.readline().startswith("queued")
-    follower.send_signal(signal.SIGINT)
-    _, err = follower.communicate(timeout=30)
-    assert follower.returncode == 130, err
-    assert f"flash status {submitted[0]} -f" in err
-    machine.flash("status", submitted[0], "-f")  # exit code 0: it ended done
-    return submitted[0]
+    """A short run, followed to its end."""
+    machine.flash("cancel", submitted[0])
+    said = machine.flash("train", "echo.toml", "--background", "--json", "--set", "train.max_steps=4", "--seed", 0)
+    run_id = str(json.loads(said)["run_id"])
+    machine.flash("status", run_id, "-f")  # exit code 0: it ended done
+    return run_id
 
 
 OPEN = ("queued", "provisioning", "running")
@@ -150,6 +147,16 @@ def test_two_submits_while_the_server_starts_are_two_runs_on_one_server(machine,
     assert len(set(submitted)) == 2
     assert {run["run_id"] for run in json.loads(machine.flash("runs", "--json"))["runs"]} >= set(submitted)
     assert (machine.home / "logs" / "server.log").read_text().count("listening on") == 2  # one for the push
+
+
+def test_ctrl_c_leaves_a_followed_run_alone(machine, submitted):
+    follower = machine.begin("status", submitted[0], "-f")
+    assert follower.stdout.readline().startswith("queued")
+    follower.send_signal(signal.SIGINT)
+    _, err = follower.communicate(timeout=30)
+    assert follower.returncode == 130, err
+    assert f"flash status {submitted[0]} -f" in err
+    assert machine.status(submitted[0])["state"] in OPEN
 
 
 def test_a_trained_run_tells_everything(machine, trained):
