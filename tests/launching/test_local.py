@@ -17,7 +17,8 @@ import pytest
 from flash.launching.launcher import LaunchRequest, Probe
 from flash.launching.local import LocalLauncher
 
-ATTEMPT = "flash-1-00000000.1"
+RUN = f"flash-1-{os.getpid():08x}"  # processes are told apart by it, also those of tests that run beside these
+ATTEMPT = f"{RUN}.1"
 
 
 def program(code: str) -> tuple[str, ...]:
@@ -88,7 +89,7 @@ def test_launching_an_attempt_again_gives_the_same_worker(launcher, tmp_path: Pa
     handle = local.launch(request(tmp_path))
     assert local.launch(request(tmp_path)) == handle
     assert launcher().launch(request(tmp_path)) == handle  # a restarted server's launcher too
-    assert local.launch(request(tmp_path, "flash-1-00000000.2")) != handle
+    assert local.launch(request(tmp_path, f"{RUN}.2")) != handle
 
 
 def test_a_restarted_server_finds_probes_and_kills_its_workers(launcher, tmp_path: Path):

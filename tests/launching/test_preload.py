@@ -22,7 +22,8 @@ from flash.launching.preload import Preloaded
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="there are forks on Linux only")
 
-ATTEMPT = "flash-1-00000000.1"
+RUN = f"flash-1-{os.getpid():08x}"  # processes are told apart by it, also those of tests that run beside these
+ATTEMPT = f"{RUN}.1"
 # The real program, but for what it loads and what its forks do: they tell what they are, and stay.
 PROGRAM = """
     import json, os, subprocess, sys, time
@@ -140,7 +141,7 @@ def test_a_forked_worker_is_what_it_is_told_to_be(launcher, preloaded, tmp_path:
 
 def test_forks_differ_and_are_found_again_by_a_restarted_server(launcher, preloaded, tmp_path: Path):
     local = launcher(preloaded())
-    first, second = request(tmp_path), request(tmp_path, "flash-1-00000000.2")
+    first, second = request(tmp_path), request(tmp_path, f"{RUN}.2")
     handles = {asked.attempt_id: local.launch(asked) for asked in (first, second)}
     assert json.loads(said(first))["trainer"]["pid"] != json.loads(said(second))["trainer"]["pid"]
     assert local.launch(first) == handles[ATTEMPT]
@@ -198,7 +199,7 @@ def test_failpoints_count_from_the_fork(launcher, preloaded, tmp_path: Path, mon
 def test_forks_outlive_the_process_they_came_from_and_the_next_worker_starts_afresh(launcher, preloaded, tmp_path):
     forks = preloaded()
     local = launcher(forks)
-    first, second, third = (request(tmp_path, f"flash-1-00000000.{epoch}") for epoch in (1, 2, 3))
+    first, second, third = (request(tmp_path, f"{RUN}.{epoch}") for epoch in (1, 2, 3))
     handle = local.launch(first)
     said(first)
     before = forks.pid
@@ -215,7 +216,7 @@ def test_forks_outlive_the_process_they_came_from_and_the_next_worker_starts_afr
 def test_one_that_hangs_is_replaced(launcher, preloaded, tmp_path: Path):
     forks = preloaded(answer_s=0.3)
     local = launcher(forks)
-    first, second = request(tmp_path), request(tmp_path, "flash-1-00000000.2")
+    first, second = request(tmp_path), request(tmp_path, f"{RUN}.2")
     local.launch(first)
     said(first)
     before = forks.pid
@@ -232,7 +233,7 @@ THREAD = "lambda: __import__('threading').Thread(target=time.sleep, args=[60]).s
 def test_where_nothing_whole_can_be_forked_workers_start_afresh(launcher, preloaded, tmp_path: Path, load: str):
     forks = preloaded(load)
     local = launcher(forks)
-    first, second = request(tmp_path), request(tmp_path, "flash-1-00000000.2")
+    first, second = request(tmp_path), request(tmp_path, f"{RUN}.2")
     local.launch(first)
     wait_for(lambda: forks.pid is None)
     local.launch(second)
@@ -243,7 +244,7 @@ def test_where_nothing_whole_can_be_forked_workers_start_afresh(launcher, preloa
 def test_one_that_still_loads_is_waited_for_and_not_for_ever(launcher, preloaded, tmp_path: Path):
     forks = preloaded("lambda: time.sleep(1.5)", load_s=0.1)
     local = launcher(forks)
-    first, second = request(tmp_path), request(tmp_path, "flash-1-00000000.2")
+    first, second = request(tmp_path), request(tmp_path, f"{RUN}.2")
     local.launch(first)
     assert said(first) == "afresh\n"
     forks._load_s = 60
