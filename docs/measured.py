@@ -23,6 +23,7 @@ TITLES = {
     "checkpoint_stall": "Time that training waits for checkpoints",
     "growth": "Growth",
     "curves": "Curves",
+    "quality": "Quality per compute",
     "waits": "Small waits",
 }
 UNITS = {"rows_per_s": "rows/s", "tokens_per_s": "tokens/s", "seconds": "s", "seconds_per_step": "s/step", "share": ""}
@@ -30,6 +31,7 @@ GOALS = {
     ("sft_cpu", "ratio"): "at least 2",
     ("grpo_cpu", "ratio"): "at most 0.25",
     ("checkpoint_stall", "results", "sft", "share"): "below 0.01",
+    ("quality", "first_step"): "at most 0.5",
 }
 
 
