@@ -38,7 +38,7 @@ TASKS: dict[str, dict[str, Any]] = {
         "rates": (5e-4, 1e-3), "train": {**LORA, "batch_size": 8, "group_size": 8, "max_tokens": 8},
     },
     "letters-thinking, GRPO": {
-        "example": "letters-thinking", "algorithm": "grpo", "steps": 40, "schedule": "constant", "warmup": 0,
+        "example": "letters-thinking", "algorithm": "grpo", "steps": 30, "schedule": "constant", "warmup": 0,
         "thinking": True, "rates": (5e-4, 1e-3),
         "train": {**LORA, "batch_size": 8, "group_size": 8, "max_tokens": 40},
     },
@@ -83,7 +83,7 @@ def compared(ours: Curve, theirs: Curve) -> dict[str, float]:
     """Ratios of ours to theirs: times to shares of the peer's best, and areas over the time that the peer took. Where
     ours never got counts as that whole time."""
     ours, theirs = smooth(ours), smooth(theirs)
-    floor = min(ours[0][1], theirs[0][1])
+    floor = min(score for _, score in (*ours, *theirs))
     best = max(score for _, score in theirs)
     found: dict[str, float] = {}
     until = theirs[-1][0]
@@ -109,7 +109,7 @@ def main() -> None:
         equal = [run(task, (low, low), seed) for seed in SEEDS]
         other = run(task, (high, high), SEEDS[0])
         until = max(curve[-1][0] - curve[0][0] for curve in (*equal[0], *other))
-        floor = min(smooth(curve)[0][1] for curve in (*equal[0], *other))
+        floor = min(score for curve in (*equal[0], *other) for _, score in smooth(curve))
         best = tuple(
             max(((low, equal[0][side]), (high, other[side])), key=lambda tried: area(smooth(tried[1]), until, floor))[0]
             for side in (0, 1)
