@@ -34,13 +34,13 @@ TASKS: dict[str, dict[str, Any]] = {
         "rates": (1e-3, 2e-3), "train": {**LORA, "batch_size": 32, "max_length": 256},
     },
     "arithmetic, GRPO": {
-        "example": "arithmetic", "algorithm": "grpo", "steps": 60, "schedule": "constant", "warmup": 0,
-        "rates": (5e-4, 1e-3), "train": {**LORA, "batch_size": 8, "group_size": 8, "max_tokens": 8},
+        "example": "arithmetic", "algorithm": "grpo", "steps": 100, "schedule": "constant", "warmup": 0,
+        "rates": (5e-4, 1e-3), "train": {**LORA, "batch_size": 32, "group_size": 8, "max_tokens": 8},
     },
     "letters-thinking, GRPO": {
-        "example": "letters-thinking", "algorithm": "grpo", "steps": 30, "schedule": "constant", "warmup": 0,
+        "example": "letters-thinking", "algorithm": "grpo", "steps": 60, "schedule": "constant", "warmup": 0,
         "thinking": True, "rates": (5e-4, 1e-3),
-        "train": {**LORA, "batch_size": 8, "group_size": 8, "max_tokens": 40},
+        "train": {**LORA, "batch_size": 32, "group_size": 8, "max_tokens": 40},
     },
 }  # fmt: skip
 
