@@ -95,8 +95,7 @@ class RayLauncher:
 
     def devices(self) -> list[str]:
         """Without those of nodes on which a job was just lost: Ray tells that before it calls the node dead."""
-        after = time.monotonic() - _SUSPECT_S
-        return [slot.name for slot in self._slots() if self._lost_on.get(slot.node, after) <= after]
+        return [slot.name for slot in self._open_slots()]
 
     def describe(self) -> list[Device]:
         slots = self._slots()
@@ -110,7 +109,7 @@ class RayLauncher:
         return found
 
     def launch(self, request: LaunchRequest) -> str:
-        slot = next((slot for slot in self._slots() if slot.name == request.device), None)
+        slot = next((slot for slot in self._open_slots() if slot.name == request.device), None)
         if slot is None:
             raise Unavailable(f"the node of {request.device} is gone")
         handle = request.attempt_id
@@ -174,6 +173,11 @@ class RayLauncher:
         if self._kinds is None:
             return [slot for slot in slots if slot.gpu] or slots
         return [slot for slot in slots if ("cuda" if slot.gpu else "cpu") in self._kinds]
+
+    def _open_slots(self) -> Sequence[_Slot]:
+        """A job for a node that is dying would wait until Ray has called it dead, and its run with it."""
+        after = time.monotonic() - _SUSPECT_S
+        return [slot for slot in self._slots() if self._lost_on.get(slot.node, after) <= after]
 
     # --- what Ray says ---------------------------------------------------------------------------------------
 
