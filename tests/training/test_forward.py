@@ -72,9 +72,11 @@ def test_values_and_gradients_are_the_models_own(layout: str, base: BaseModel) -
     assert all(grad.abs().max() > 1e-4 for grad in ours[1:])
 
 
-@pytest.mark.parametrize(("opening", "split"), [(9, True), (2, False)])
+@pytest.mark.parametrize(
+    ("opening", "own", "split"), [(9, (12, 3, 2, 9, 1), True), (9, (1, 1, 1, 1, 1), True), (2, (12, 3, 2, 9, 1), False)]
+)
 def test_openings_that_rows_share_change_the_work_and_nothing_else(
-    opening: int, split: bool, base: BaseModel
+    opening: int, own: tuple[int, ...], split: bool, base: BaseModel
 ) -> None:
     torch.manual_seed(0)
     base = based_on(base, MODELS["qwen3"]())
@@ -83,7 +85,10 @@ def test_openings_that_rows_share_change_the_work_and_nothing_else(
         for pair in policy.adapter.pairs.values():
             pair.B.normal_(std=0.1)
     first, second = list(range(3, 3 + opening)), list(range(40, 40 + opening // 2))
-    rows = [first + [7] * 12, [*second, 8, 9, 7], [*first, 9, 8], second + [5] * 9, [*first, 6]]
+    rows = [
+        opened + [7 + place for place in range(size)]
+        for opened, size in zip([first, second, first, second, first], own, strict=True)
+    ]
     starts = [opening, opening // 2, opening, opening // 2, opening]
     openings = [(owner, start) for owner, start in zip([0, 1, 0, 1, 0], starts, strict=True)]
     masks = [[place >= start for place in range(len(row))] for row, start in zip(rows, starts, strict=True)]

@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -168,10 +169,10 @@ class Runs:
         """`runs` holds (tokens, adapter)."""
         self.parts: list[Run] = []
         start = 0
-        for (shelf, slot), same in groupby(runs, lambda run: (run[1] and run[1].rank, run[1] and run[1].slot)):
+        for home, same in groupby(runs, itemgetter(1)):
             size = sum(tokens for tokens, _ in same)
-            if shelf is not None and slot is not None:
-                self.parts.append(Run(start, start + size, slot, *bank.shelf(shelf).tables))
+            if home is not None:
+                self.parts.append(Run(start, start + size, home.slot, *bank.shelf(home.rank).tables))
             start += size
 
     def add(self, out_N_O: Tensor, x_N_I: Tensor, site: int) -> None:

@@ -89,7 +89,7 @@ class ChatRenderer:
     def render_targets(
         self, targets: Sequence[tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]], str]]
     ) -> list[RenderedTarget]:
-        """`render_target` of many (prompt, completion, where): tokenised in one go, on every core."""
+        """`render_target` of many (prompt, completion, where), tokenised in one call."""
         pairs = (self._target_texts(prompt, completion, None, where) for prompt, completion, where in targets)
         texts = [text for pair in pairs for text in pair]
         if not texts:

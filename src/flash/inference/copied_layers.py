@@ -75,6 +75,31 @@ def _unit(x: Tensor, epsilon: Tensor) -> Tensor:
 
 
 @scripted
+def _heads_of(
+    layer: Weights, x: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values [..., heads, head dim], normed where the layout says so, and rotated by [..., 1, D]."""
+    D = cos.size(-1)
+    half = D // 2
+    qkv = F.linear(_unit(x, layer.epsilon), layer.qkv, layer.qkv_bias).unflatten(-1, [-1, D])
+    qk, v = qkv.split([heads + kv_heads, kv_heads], dim=-2)
+    qk_norm = layer.qk_norm
+    if qk_norm is not None:
+        qk = _unit(qk, layer.qk_epsilon).mul_(qk_norm)
+    turned = torch.cat((qk[..., half:], qk[..., :half]), dim=-1)
+    q, k = (qk * cos).addcmul_(turned, sin).split([heads, kv_heads], dim=-2)
+    return q, k, v
+
+
+@scripted
+def _after_attention(layer: Weights, x: Tensor, attended: Tensor) -> Tensor:
+    """What leaves the layer."""
+    x = x + F.linear(attended, layer.out, layer.out_bias)
+    gate, up = F.linear(_unit(x, layer.epsilon), layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
+    return x + F.linear(F.silu(gate).mul_(up), layer.down, layer.down_bias)
+
+
+@scripted
 def prefill(
     x_P_T_H: Tensor,
     cos_T_1_D: Tensor,
@@ -93,27 +118,17 @@ def prefill(
     """`RowDecoder._prefill` from embeddings to logits [P, V] at `last_P`: row `rows_N[i]` gets the keys and values of
     prompt `source_N[i]` at `place_N_T[i]`, from `first_column` on."""
     P, T = x_P_T_H.shape[:2]
-    K, D = keys[0].size(1), keys[0].size(3)
-    half = D // 2
+    K = keys[0].size(1)
     x = x_P_T_H
     for number, layer in enumerate(layers):
-        qkv = F.linear(_unit(x, layer.epsilon), layer.qkv, layer.qkv_bias).view(P, T, -1, D)
-        qk, v = qkv[:, :, : heads + K], qkv[:, :, heads + K :]
-        qk_norm = layer.qk_norm
-        if qk_norm is not None:
-            qk = _unit(qk, layer.qk_epsilon).mul_(qk_norm)
-        turned = torch.cat((qk[..., half:], qk[..., :half]), dim=-1)
-        qk = (qk * cos_T_1_D).addcmul_(turned, sin_T_1_D)
-        q, k = qk[:, :, :heads].transpose(1, 2), qk[:, :, heads:]
+        q, k, v = _heads_of(layer, x, cos_T_1_D, sin_T_1_D, heads, K)
         keys[number][rows_N, :, first_column : first_column + T] = k[source_N[:, None], place_N_T].transpose(1, 2)
         values[number][rows_N, :, first_column : first_column + T] = v[source_N[:, None], place_N_T].transpose(1, 2)
-        k, v = k.transpose(1, 2), v.transpose(1, 2)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if heads > K:
             k, v = k.repeat_interleave(heads // K, dim=1), v.repeat_interleave(heads // K, dim=1)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + F.linear(attended.transpose(1, 2).reshape(P, T, -1), layer.out, layer.out_bias)
-        gate, up = F.linear(_unit(x, layer.epsilon), layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
-        x = x + F.linear(F.silu(gate).mul_(up), layer.down, layer.down_bias)
+        x = _after_attention(layer, x, attended.transpose(1, 2).reshape(P, T, -1))
     ended_P_H = x[torch.arange(P, device=x.device), last_P]
     return F.linear(_unit(ended_P_H, layers[0].epsilon), head_V_H)
 
@@ -135,27 +150,18 @@ def decode_step(
     """`RowDecoder.step` from embeddings to logits: one token a row, filed at `column` of the caches."""
     B = x_B_H.size(0)
     K, D = keys[0].size(1), keys[0].size(3)
-    half = D // 2
     x = x_B_H
     for number, layer in enumerate(layers):
-        qkv = F.linear(_unit(x, layer.epsilon), layer.qkv, layer.qkv_bias).view(B, -1, D)
-        qk, v = qkv[:, : heads + K], qkv[:, heads + K :]
-        qk_norm = layer.qk_norm
-        if qk_norm is not None:
-            qk = _unit(qk, layer.qk_epsilon).mul_(qk_norm)
-        turned = torch.cat((qk[..., half:], qk[..., :half]), dim=-1)
-        qk = (qk * cos_B_1_D).addcmul_(turned, sin_B_1_D)
-        keys[number][:B, :, column] = qk[:, heads:]
+        q, k, v = _heads_of(layer, x, cos_B_1_D, sin_B_1_D, heads, K)
+        keys[number][:B, :, column] = k
         values[number][:B, :, column] = v
         columns = keys[number].size(2)
         keys_BK_T_D = keys[number].view(-1, columns, D)[: B * K, : column + 1]
         values_BK_T_D = values[number].view(-1, columns, D)[: B * K, : column + 1]
-        grouped = qk[:, :heads].reshape(B * K, -1, D)  # the queries that share a kv head
+        grouped = q.reshape(B * K, -1, D)  # the queries that share a kv head
         scores = torch.baddbmm(hidden_BK_1_T, grouped, keys_BK_T_D.transpose(1, 2), alpha=scale)
         attended = torch.bmm(torch.softmax(scores, dim=-1), values_BK_T_D)
-        x = x + F.linear(attended.view(B, -1), layer.out, layer.out_bias)
-        gate, up = F.linear(_unit(x, layer.epsilon), layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
-        x = x + F.linear(F.silu(gate).mul_(up), layer.down, layer.down_bias)
+        x = _after_attention(layer, x, attended.view(B, -1))
     return F.linear(_unit(x, layers[0].epsilon), head_V_H)
 
 

@@ -56,13 +56,38 @@ def base_layer(layer: Any, stacked: bool) -> BaseLayer:
 
 
 @scripted
-def _projected(layer: BaseLayer, site: int, x: Tensor) -> Tensor:
-    """The site's layers' outputs side by side, without any adapter."""
+def _projected(
+    layer: BaseLayer, number: int, site: int, x: Tensor, parts: list[Part], runs: list[Run]
+) -> Tensor:
+    """The outputs of a site's layers side by side, with the adapters of its rows: `parts` or `runs` has them."""
     weights, bias = layer.weights[site], layer.biases[site]
     if len(weights) == 1:
-        return F.linear(x, weights[0], bias)
-    out = torch.cat([F.linear(x, weight) for weight in weights], dim=-1)
-    return out if bias is None else out.add_(bias)
+        out = F.linear(x, weights[0], bias)
+    else:
+        out = torch.cat([F.linear(x, weight) for weight in weights], dim=-1)
+        if bias is not None:
+            out = out.add_(bias)
+    add_parts(parts, out, x, 4 * number + site)
+    add_runs(runs, out, x, 4 * number + site)
+    return out
+
+
+@scripted
+def _queries(layer: BaseLayer, number: int, x: Tensor, parts: list[Part], runs: list[Run]) -> Tensor:
+    """Queries, keys and values side by side."""
+    normed = F.rms_norm(x, [x.size(1)], layer.attention_norm, layer.epsilon)
+    return _projected(layer, number, 0, normed, parts, runs)
+
+
+@scripted
+def _after_attention(
+    layer: BaseLayer, number: int, x: Tensor, attended: Tensor, parts: list[Part], runs: list[Run]
+) -> Tensor:
+    """What leaves the layer."""
+    x = x + _projected(layer, number, 1, attended, parts, runs)
+    normed = F.rms_norm(x, [x.size(1)], layer.mlp_norm, layer.epsilon)
+    gate, up = _projected(layer, number, 2, normed, parts, runs).chunk(2, dim=-1)
+    return x + _projected(layer, number, 3, F.silu(gate).mul_(up), parts, runs)
 
 
 @scripted
@@ -111,11 +136,10 @@ def step_rows(
     """
     B, K, columns, D = x_B_H.size(0), kv.size(3), kv.size(4), kv.size(5)
     common = bias_BK_1_T.size(2)
+    runs: list[Run] = []
     x = x_B_H
     for i, layer in enumerate(layers):
-        normed = F.rms_norm(x, [x.size(1)], layer.attention_norm, layer.epsilon)
-        qkv = _projected(layer, 0, normed)
-        add_parts(parts, qkv, normed, 4 * i)
+        qkv = _queries(layer, i, x, parts, runs)
         q, k, v = _heads_of(layer, qkv, cos_B_1_D, sin_B_1_D, heads)
         keys, values = kv[i, 0], kv[i, 1]
         keys.view(-1, D).index_copy_(0, place_BK, k.reshape(B * K, D))
@@ -128,18 +152,7 @@ def step_rows(
             attended[first:stop] = _attend_rows(
                 q_BK[first:stop], keys[first:stop, :until], values[first:stop, :until], bias_BK_1_T[:1, :, :1]
             )
-        attended = attended.view(B, -1)
-        out = _projected(layer, 1, attended)
-        add_parts(parts, out, attended, 4 * i + 1)
-        x = x + out
-        normed = F.rms_norm(x, [x.size(1)], layer.mlp_norm, layer.epsilon)
-        gate_up = _projected(layer, 2, normed)
-        add_parts(parts, gate_up, normed, 4 * i + 2)
-        gate, up = gate_up.chunk(2, dim=-1)
-        inner = F.silu(gate).mul_(up)
-        down = _projected(layer, 3, inner)
-        add_parts(parts, down, inner, 4 * i + 3)
-        x = x + down
+        x = _after_attention(layer, i, x, attended.view(B, -1), parts, runs)
     return x
 
 
@@ -160,12 +173,11 @@ def take_runs(
     """Hidden states [W, H] after all layers at the `wanted` of N tokens: runs of `sizes` tokens of prompts, each from
     `starts` on, whose keys and values go to `kvs` [layers, 2, kv heads, size, d]. `wanted_runs` are the runs as they
     lie in W."""
+    parts: list[Part] = []
     x = x_N_H
     last = len(layers) - 1
     for i, layer in enumerate(layers):
-        normed = F.rms_norm(x, [x.size(1)], layer.attention_norm, layer.epsilon)
-        qkv = _projected(layer, 0, normed)
-        add_runs(runs, qkv, normed, 4 * i)
+        qkv = _queries(layer, i, x, parts, runs)
         q, k, v = _heads_of(layer, qkv, cos_N_1_D, sin_N_1_D, heads)
         found: list[Tensor] = []
         first = 0
@@ -192,15 +204,5 @@ def take_runs(
         worn = runs
         if i == last:
             x, attended, worn = x[wanted_W], attended[wanted_W], wanted_runs
-        out = _projected(layer, 1, attended)
-        add_runs(worn, out, attended, 4 * i + 1)
-        x = x + out
-        normed = F.rms_norm(x, [x.size(1)], layer.mlp_norm, layer.epsilon)
-        gate_up = _projected(layer, 2, normed)
-        add_runs(worn, gate_up, normed, 4 * i + 2)
-        gate, up = gate_up.chunk(2, dim=-1)
-        inner = F.silu(gate).mul_(up)
-        down = _projected(layer, 3, inner)
-        add_runs(worn, down, inner, 4 * i + 3)
-        x = x + down
+        x = _after_attention(layer, i, x, attended, parts, worn)
     return x

@@ -17,7 +17,7 @@ from flash.errors import ModelError
 from flash.inference.loading import BaseModel
 from flash.inference.lora import Adapter
 from flash.training.batches import MicroBatch, collate
-from flash.training.forward import Forward, lean_forward, lone_rows_forward, model_forward
+from flash.training.forward import Forward, LeanForward, lean_forward, lone_rows_forward, model_forward
 from flash.training.losses import token_logprobs
 from flash.training.recomputing import recompute_layers
 
@@ -33,27 +33,35 @@ class Policy:
     adapter: Adapter
     forward: Forward
     name: str = NAME
-    shares_openings: bool = False  # whether the forward makes use of a batch's `sharing`
-    bare_forward: Forward | None = None  # the bare base's, if it can be asked while the adapter is worn
     recomputes: bool = False  # whether backward computes each layer again, to keep less
 
     def parameters(self) -> list[nn.Parameter]:
         return self.adapter.parameters()
+
+    @property
+    def shares_openings(self) -> bool:
+        """Whether the forward makes use of a batch's `sharing`."""
+        return isinstance(self.forward, LeanForward)
+
+    @property
+    def bare_forward(self) -> Forward | None:
+        """The bare base's, if it can be asked while the adapter is worn."""
+        return self.forward.without_adapter() if isinstance(self.forward, LeanForward) else None
 
     def recompute(self) -> None:
         """Needs less memory from here on, and more time."""
         if self.recomputes:
             return
         recompute_layers(self.base)
-        if self.shares_openings:  # the lean forward, which calls no layer
-            self.forward, self.shares_openings, self.bare_forward = model_forward(self.base), False, None
+        if isinstance(self.forward, LeanForward):  # it calls no layer
+            self.forward = model_forward(self.base)
         self.recomputes = True
 
     def logprobs(self, batch: MicroBatch, *, temperature: float = 1.0, reference: bool = False) -> Tensor:
         """fp32 log-probabilities (N,) of the batch's trained tokens, under the adapter or the bare base."""
         forward, worn = self.forward, None if reference else self.name
-        if reference and self.bare_forward is not None:
-            forward, worn = self.bare_forward, self.base.adapters.active_name
+        if reference and (bare := self.bare_forward):
+            forward, worn = bare, self.base.adapters.active_name
         # lanes come here side by side, all for the same adapter, which their caller has put on already
         with self.base.adapters.active(worn):
             hidden_N_H = forward(batch.tokens_B_T, batch.predictors_N, batch.sharing)
@@ -76,15 +84,13 @@ def build_policy(
         if adapter.shape.rank != rank:
             raise ModelError(f"the adapter to start from has rank {adapter.shape.rank}, not lora_rank = {rank}")
     _check_head(base)
-    lean = lean_forward(base)
-    forward = lean or model_forward(base)
+    forward: Forward = lean_forward(base) or model_forward(base)
     if not rows_stay_apart(base, forward):
-        lean, forward = None, lone_rows_forward(base)
+        forward = lone_rows_forward(base)
         logging.getLogger(__name__).warning(
             "%s: rows of one batch affect each other, so each is computed by itself, which is slower", base.name
         )
-    bare = lean.without_adapter() if lean else None
-    return Policy(base, adapter, forward, shares_openings=lean is not None, bare_forward=bare)
+    return Policy(base, adapter, forward)
 
 
 @torch.no_grad()
