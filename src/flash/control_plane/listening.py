@@ -11,7 +11,6 @@ import asyncio
 import json
 import logging
 import os
-import secrets
 import signal
 import socket
 import time
@@ -30,6 +29,7 @@ from flash.launching.accounts import check_account
 from flash.launching.launcher import Launcher
 from flash.launching.preload import Preloaded
 from flash.storage import audit, deployments, engines, identity, runs
+from flash.storage.private_files import found_or_made, replace_file
 
 log = logging.getLogger("flash.server")
 
@@ -63,33 +63,13 @@ def write_address(home: Path, address: Address, *, host: str, config: Path | Non
         "started_at": started_at,
         "config": str(config) if config else None,
     }
-    _write_private(home / "token", address.token + "\n")
-    _write_private(home / "server.json", json.dumps(value))
+    replace_file(home / "token", f"{address.token}\n".encode())
+    replace_file(home / "server.json", json.dumps(value).encode())
 
 
 def machine_token(home: Path) -> str:
     """The home's own token, made if there is none; servers that start together on one home get the same."""
-    path = home / "token"
-    draft = path.with_name(f".{path.name}.{os.getpid()}.new")
-    _write_private(draft, identity.new_token() + "\n")
-    try:
-        os.link(draft, path)
-    except FileExistsError:
-        pass
-    finally:
-        draft.unlink()
-    return path.read_text().strip()
-
-
-def _write_private(path: Path, text: str) -> None:
-    """Whole or not at all, readable by its owner only."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-    descriptor = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.rename(path)
+    return found_or_made(home / "token", f"{identity.new_token()}\n".encode()).decode().strip()
 
 
 def bind(host: str, wanted: int, *, fixed: bool) -> socket.socket:

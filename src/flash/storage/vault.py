@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from sqlalchemy import Connection, delete, insert, select
 
 from flash.errors import InternalError
 from flash.storage import schema
+from flash.storage.private_files import found_or_made
 
 _NONCE_BYTES = 12
 
@@ -37,9 +37,7 @@ class Vault:
     def open(cls, path: Path) -> Vault:
         """The vault under the key file at `path`, made (0600) if there is none."""
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if not path.exists():
-            _write_key(path)
-        return cls(path.read_bytes())
+        return cls(found_or_made(path, secrets.token_bytes(32)))
 
     def store(self, connection: Connection, run_id: str, values: Mapping[str, str]) -> None:
         for name, value in values.items():
@@ -78,20 +76,3 @@ def forget(connection: Connection, run_id: str) -> None:
 
 def _binding(owner: str, name: str) -> bytes:
     return f"{owner}\0{name}".encode()
-
-
-def _write_key(path: Path) -> None:
-    """Written aside and linked into place: two starters at once end up with one key."""
-    draft = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-    descriptor = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-    try:
-        os.write(descriptor, secrets.token_bytes(32))
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    try:
-        os.link(draft, path)
-    except FileExistsError:
-        pass
-    finally:
-        draft.unlink()
