@@ -3,7 +3,9 @@
 Off unless `FLASH_FAILPOINTS` is set, e.g. `FLASH_FAILPOINTS="checkpoint.synced:2, upload.manifest:1@2"`: the
 process that comes by a name for the n-th time kills itself. In a worker's processes a point counts for one
 attempt alone, the first unless `@epoch` says another, so that the next attempt gets past it; and a process that
-is replaced within its attempt gets past it where `FLASH_FAILPOINTS_ONCE` names a folder to remember it in.
+is replaced within its attempt gets past it where `FLASH_FAILPOINTS_ONCE` names a folder to remember it in. Where
+`FLASH_FAILPOINTS_HOLD` names a file, the process does not die but waits for as long as that file is there, so that
+something else can be done to it meanwhile.
 
 Owns the list of names and the counting. Knows nothing of what happens at any of them.
 """
@@ -14,9 +16,12 @@ import os
 import re
 import signal
 import threading
+import time
 
 VARIABLE = "FLASH_FAILPOINTS"
 ONCE = "FLASH_FAILPOINTS_ONCE"
+HOLD = "FLASH_FAILPOINTS_HOLD"
+VARIABLES = (VARIABLE, ONCE, HOLD)
 MARK = "FLASH_ATTEMPT_ID"  # "<run-id>.<epoch>" in every process of an attempt
 
 # By process; a name says what has just happened.
@@ -104,10 +109,15 @@ def _first_time(name: str) -> bool:
 
 
 def failpoint(name: str) -> None:
-    """Dies here if this is the time that `FLASH_FAILPOINTS` asks for; else nothing happens."""
+    """Dies or waits here if this is the time that `FLASH_FAILPOINTS` asks for; else nothing happens."""
     if not _armed or name not in _armed:
         return
     with _lock:
         _armed[name] -= 1
-        if _armed[name] == 0 and _first_time(name):
-            os.kill(os.getpid(), signal.SIGKILL)
+        if _armed[name] != 0:
+            return
+    if (held := os.environ.get(HOLD)) is not None:
+        while os.path.exists(held):  # noqa: PTH110
+            time.sleep(0.02)
+    elif _first_time(name):
+        os.kill(os.getpid(), signal.SIGKILL)

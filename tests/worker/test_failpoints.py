@@ -51,6 +51,23 @@ def test_a_point_kills_once_where_a_folder_remembers(tmp_path: Path):
     assert [run(**variables), run(**variables)] == [(-9, 2), (0, 5)]
 
 
+def test_a_process_waits_where_a_file_says_so_and_then_goes_on(tmp_path: Path):
+    hold = tmp_path / "hold"
+    variables = {"FLASH_FAILPOINTS": "trainer.step:2", "FLASH_FAILPOINTS_HOLD": str(hold)}
+    assert run(**variables) == (0, 5), "there is no such file"
+    hold.touch()
+    with subprocess.Popen(
+        [sys.executable, "-c", LOOP], env={**os.environ, **variables}, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert [process.stdout.readline() for _ in range(2)] == ["0\n", "1\n"]
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.3)
+        hold.unlink()
+        assert process.stdout.read().split() == ["2", "3", "4"]
+    assert process.returncode == 0
+
+
 @pytest.mark.parametrize("text", MISSPELLED)
 def test_a_misspelled_point_is_an_error(text: str):
     with pytest.raises(ValueError, match="known name"):

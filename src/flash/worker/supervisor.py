@@ -49,8 +49,7 @@ from flash.errors import (
     UserCodeError,
     from_wire,
 )
-from flash.failpoints import ONCE as FAILED_ONCE
-from flash.failpoints import VARIABLE as FAILPOINTS
+from flash.failpoints import VARIABLES as FAILPOINTS
 from flash.failpoints import failpoint
 from flash.launching.accounts import account_of, remove_quarters
 from flash.launching.lineage import adopt_orphans
@@ -336,8 +335,8 @@ class Supervisor:
         )
 
     def _marks(self) -> dict[str, str]:
-        """What every process of the attempt inherits: its mark and, in tests, where to die."""
-        points = {name: self._environ[name] for name in (FAILPOINTS, FAILED_ONCE) if name in self._environ}
+        """What every process of the attempt inherits: its mark and, in tests, where to die or wait."""
+        points = {name: self._environ[name] for name in FAILPOINTS if name in self._environ}
         return {MARK: self._start.attempt_id, **points}
 
     def _bounds(self) -> HostBounds:
