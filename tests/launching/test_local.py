@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -25,6 +26,10 @@ def program(code: str) -> tuple[str, ...]:
     return (sys.executable, "-c", textwrap.dedent(code))
 
 
+SERVERS_OWN = (
+    "WANDB_API_KEY", "GITHUB_TOKEN", "FREESOLO_API_KEY", "PGPASSWORD", "FLASH_SERVER_DATABASE_URL",
+    "FLASH_SERVER_STORE_OPTIONS", "FLASH_SERVER_RAY_TOKEN",
+)  # fmt: skip
 SLEEPER = program("import time; time.sleep(60)")
 
 
@@ -56,7 +61,7 @@ def wait_for(condition: Callable[[], object]) -> None:
 
 
 def test_a_worker_gets_its_token_over_stdin_and_nowhere_else(launcher, tmp_path: Path, monkeypatch):
-    for name in ("WANDB_API_KEY", "GITHUB_TOKEN"):
+    for name in SERVERS_OWN:
         monkeypatch.setenv(name, "of the server alone")
     code = """
         import json, os, sys
@@ -78,10 +83,29 @@ def test_a_worker_gets_its_token_over_stdin_and_nowhere_else(launcher, tmp_path:
     }
     assert environment["CUDA_VISIBLE_DEVICES"] == "3"
     assert asked.token not in json.dumps([argv, environment])
-    assert not {"WANDB_API_KEY", "GITHUB_TOKEN"} & set(environment)
+    assert "of the server alone" not in environment.values()
     assert folder == str(work_dir) and own_session
     kept = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "supervisor.log"]
     assert not [path for path in kept if asked.token in path.read_text()]
+
+
+@pytest.mark.parametrize("store_keys", [True, False])
+def test_a_bucket_reached_by_addresses_needs_no_variables_of_its_provider(tmp_path, monkeypatch, store_keys):
+    names = {"AWS_SECRET_ACCESS_KEY", "AZURE_STORAGE_ACCOUNT_KEY", "GOOGLE_APPLICATION_CREDENTIALS"}
+    for name in names:
+        monkeypatch.setenv(name, "the bucket's")
+    tell = program("import json, os; print(json.dumps(dict(os.environ)), flush=True)")
+    local = LocalLauncher(
+        tmp_path / "work", devices=["cpu"], command=tell, engine_command=tell, store_keys=store_keys
+    )
+    for asked, log in (
+        (request(tmp_path), "supervisor.log"),
+        (dataclasses.replace(request(tmp_path, f"engine-{RUN}.1"), engine={"device": "cpu"}), "host.log"),
+    ):
+        handle = local.launch(asked)
+        wait_for(lambda handle=handle: local.probe(handle) is Probe.DEAD)
+        told = json.loads((Path(asked.work_dir) / log).read_text())
+        assert {name for name, value in told.items() if value == "the bucket's"} == (names if store_keys else set())
 
 
 def test_launching_an_attempt_again_gives_the_same_worker(launcher, tmp_path: Path):

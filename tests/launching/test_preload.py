@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import signal
 import sys
 import textwrap
@@ -78,8 +79,8 @@ def launcher(tmp_path: Path) -> Iterator[Callable[..., LocalLauncher]]:
     made: list[LocalLauncher] = []
     afresh = (sys.executable, "-c", "print('afresh', flush=True); import time; time.sleep(60)")
 
-    def make(preloaded: Preloaded | None = None) -> LocalLauncher:
-        made.append(LocalLauncher(tmp_path / "work", devices=["cpu"], command=afresh, preloaded=preloaded))
+    def make(preloaded: Preloaded | None = None, command: tuple[str, ...] = afresh) -> LocalLauncher:
+        made.append(LocalLauncher(tmp_path / "work", devices=["cpu"], command=command, preloaded=preloaded))
         return made[-1]
 
     yield make
@@ -120,7 +121,10 @@ def alive(pid: int) -> bool:
 
 
 def test_a_forked_worker_is_what_it_is_told_to_be(launcher, preloaded, tmp_path: Path, monkeypatch):
-    monkeypatch.setenv("DATABASE_PASSWORD", "the server's")
+    own = ("WANDB_API_KEY", "FLASH_SERVER_DATABASE_URL", "FLASH_SERVER_STORE_OPTIONS", "FLASH_SERVER_RAY_TOKEN")
+    for name in own:
+        monkeypatch.setenv(name, "canary of the server alone")
+    monkeypatch.setenv("HF_TOKEN", "canary of the operator")
     forks = preloaded()
     monkeypatch.setenv("SINCE", "the start")
     asked = request(tmp_path, device="cuda:3")
@@ -132,10 +136,12 @@ def test_a_forked_worker_is_what_it_is_told_to_be(launcher, preloaded, tmp_path:
     trainer = told["trainer"]
     assert trainer["environ"] == {**told["environ"], "ROLE": "trainer"}
     assert trainer["cwd"] == str(Path(asked.work_dir).parent) and trainer["stdin"] == ""
+    assert told["environ"]["HF_TOKEN"] == "canary of the operator" and not set(own) & set(told["environ"])
     # To everyone else each of them bears the attempt's mark, and the process that they came from has no secret.
     family = [psutil.Process(pid) for pid in (pid_of(handle), trainer["pid"], told["child"])]
     assert [each.environ()["FLASH_ATTEMPT_ID"] for each in family] == [ATTEMPT] * 3
-    assert "DATABASE_PASSWORD" not in psutil.Process(forks.pid).environ()
+    for each in (*family[:2], psutil.Process(forks.pid)):  # as they were started; a child is started with HF_TOKEN
+        assert b"canary" not in Path(f"/proc/{each.pid}/environ").read_bytes()
     assert asked.token not in json.dumps([told["environ"], *(each.cmdline() for each in family)])
 
 
@@ -226,6 +232,55 @@ def test_one_that_hangs_is_replaced(launcher, preloaded, tmp_path: Path):
     assert forks.pid != before and not alive(before)
 
 
+UNTOLD = """lambda: os.register_at_fork(
+    after_in_parent=lambda me=os.getpid(): os.getpid() == me and open("{note}", "w") and os._exit(1))"""
+LISTENER = """
+    import json, sys, time
+    print(json.dumps({"afresh": json.loads(sys.stdin.readline())}), flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_fork_that_nobody_was_told_of_leaves_the_attempt_to_the_worker_in_its_place(launcher, preloaded, tmp_path):
+    note = tmp_path / "forked"
+    forks = preloaded(UNTOLD.format(note=note))
+    local = launcher(forks, (sys.executable, "-c", textwrap.dedent(LISTENER)))
+    asked = request(tmp_path)
+    handle = local.launch(asked)
+    assert note.exists(), "there was a fork"
+    assert json.loads(said(asked)) == {"afresh": asked.hello("cpu")}
+    wait_for(lambda: supervisors(asked) == {pid_of(handle)})
+    assert local.list() == {ATTEMPT: handle}
+
+
+def supervisors(asked: LaunchRequest) -> set[int]:
+    """The processes that write this attempt's log."""
+    found, log = set(), Path(asked.work_dir) / "supervisor.log"
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if Path(f"/proc/{process.pid}/fd/1").resolve() == log:
+                found.add(process.pid)
+    return found
+
+
+def test_descriptors_of_any_number_will_do(launcher, preloaded, tmp_path: Path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 2000:
+        pytest.skip(f"no more than {hard} descriptors here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2000), hard))
+    opened: list[int] = []
+    try:
+        while not opened or opened[-1] < 1100:
+            opened.append(os.open(os.devnull, os.O_RDONLY))
+        asked = request(tmp_path)
+        launcher(preloaded()).launch(asked)
+        assert json.loads(said(asked))["hello"]["attempt_id"] == ATTEMPT
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 THREAD = "lambda: __import__('threading').Thread(target=time.sleep, args=[60]).start()"
 
 
@@ -241,15 +296,32 @@ def test_where_nothing_whole_can_be_forked_workers_start_afresh(launcher, preloa
     assert forks.pid is None  # the next one would be no better
 
 
-def test_one_that_still_loads_is_waited_for_and_not_for_ever(launcher, preloaded, tmp_path: Path):
-    forks = preloaded("lambda: time.sleep(1.5)", load_s=0.1)
-    local = launcher(forks)
-    first, second = request(tmp_path), request(tmp_path, f"{RUN}.2")
+def test_one_that_still_loads_is_waited_for(launcher, preloaded, tmp_path: Path):
+    local = launcher(preloaded("lambda: time.sleep(1.5)"))
+    asked = request(tmp_path)
+    local.launch(asked)
+    assert json.loads(said(asked))["hello"]["attempt_id"] == ATTEMPT
+
+
+def test_one_that_never_comes_to_the_end_of_its_loading_is_waited_for_once_and_replaced(
+    launcher, preloaded, tmp_path: Path
+):
+    note = tmp_path / "loading"
+    forks = preloaded(f"lambda: os.path.exists('{note}') or (open('{note}', 'w'), time.sleep(600))", load_s=2)
+    wait_for(note.exists)
+    local, before = launcher(forks), forks.pid
+    first, second, third = (request(tmp_path, f"{RUN}.{epoch}") for epoch in (1, 2, 3))
     local.launch(first)
     assert said(first) == "afresh\n"
-    forks._load_s = 60
-    local.launch(second)
-    assert json.loads(said(second))["hello"]["attempt_id"] == second.attempt_id
+    assert forks.pid != before and not alive(before)
+    os.kill(forks.pid, signal.SIGSTOP)  # its successor is not quick either
+    forks._load_s = 600
+    local.launch(second)  # nobody waits for it
+    assert said(second) == "afresh\n"
+    os.kill(forks.pid, signal.SIGCONT)
+    wait_for(lambda: forks._wait(0))
+    local.launch(third)
+    assert json.loads(said(third))["hello"]["attempt_id"] == third.attempt_id
 
 
 def test_it_ends_with_the_server_and_its_workers_do_not(launcher, preloaded, tmp_path: Path):

@@ -91,7 +91,12 @@ def open_services(
 
 def _launcher(settings: ServerSettings, vault: Vault, preloaded: Preloaded | None) -> Launcher:
     if settings.launcher == "local":
-        return LocalLauncher(settings.home / "work", devices=settings.devices, preloaded=preloaded)
+        return LocalLauncher(
+            settings.home / "work",
+            devices=settings.devices,
+            preloaded=preloaded,
+            store_keys=settings.worker_store == "keys",
+        )
     return RayLauncher(
         settings.ray_address or "",
         settings.ray_token.get_secret_value() if settings.ray_token else None,

@@ -1,8 +1,9 @@
 """Another user of the operating system, as whom what users bring runs on a team's server: who that is, whether this
 process may start programs as them, and the folders in which they live.
 
-Owns the kernel's side of it: user, group, modes. Each attempt gets a group of its own, so that two hosts of the same
-user are strangers to each other, by path and by process. Knows nothing of environments.
+Owns the kernel's side of it: user, group, modes. Each attempt gets a group of its own, so that of two hosts of the
+same user neither reads the other's folder, variables or memory. They are one user all the same, and could end each
+other. Knows nothing of environments.
 """
 
 from __future__ import annotations

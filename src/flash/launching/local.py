@@ -3,8 +3,9 @@
 Owns starting, recognising and killing process trees. A worker is known by its pid and start time, so a pid
 that the system gave to another program is never taken for it, and by a mark in its environment (the attempt's
 id, no secret) that its descendants inherit: they are found even when their supervisor is gone. Supervisors are
-forked from a preloaded process where there is one (`preload`), and differ in nothing from others. A note for each
-living worker lies in `.live/`, from which a restarted server finds its workers again.
+forked from a preloaded process where there is one (`preload`), and differ in nothing from others. What is the
+server's alone among its variables is kept from them. A note for each living worker lies in `.live/`, from which a
+restarted server finds its workers again.
 """
 
 from __future__ import annotations
@@ -23,15 +24,17 @@ from typing import IO
 import psutil
 
 from flash.errors import Unavailable
+from flash.failpoints import MARK as MARK  # launchers mark what they start
 from flash.launching.hardware import local_devices
 from flash.launching.launcher import LaunchRequest, Probe
 from flash.launching.preload import Preloaded
 
 SUPERVISOR = (sys.executable, "-P", "-m", "flash.worker.supervisor")
 ENGINE_HOST = (sys.executable, "-P", "-m", "flash.serving.host")
-MARK = "FLASH_ATTEMPT_ID"
 # These have a way of their own into a worker (its claim), or none at all.
-WITHHELD = ("FREESOLO_API_KEY", "WANDB_API_KEY", "GITHUB_TOKEN", "FLASH_API_URL")
+WITHHELD = ("FREESOLO_API_KEY", "WANDB_API_KEY", "GITHUB_TOKEN", "FLASH_API_URL", "PGPASSWORD")
+_SETTINGS = "FLASH_SERVER_"  # the server's own: its database's URL, its bucket's and its cluster's keys
+_PROVIDERS = ("AWS_", "AZURE_", "GOOGLE_")  # where obstore finds what a store's options leave out
 
 
 class LocalLauncher:
@@ -45,8 +48,10 @@ class LocalLauncher:
         command: Sequence[str] = SUPERVISOR,
         engine_command: Sequence[str] = ENGINE_HOST,
         preloaded: Preloaded | None = None,
+        store_keys: bool = True,
     ) -> None:
         self._root = work_root
+        self._store_keys = store_keys  # whether workers reach a bucket as the server does, by the provider's variables
         self._command = tuple(command)
         self._engine_command = tuple(engine_command)
         self._preloaded = preloaded  # forks supervisors; without one, or when it can't, they are started afresh
@@ -75,47 +80,49 @@ class LocalLauncher:
         try:
             work_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
             with (work_dir / ("supervisor.log" if request.engine is None else "host.log")).open("ab") as log:
-                read, write = os.pipe()
-                with os.fdopen(write, "wb") as words:
-                    with os.fdopen(read, "rb") as stdin:
-                        handle, told = self._fork(request, stdin, log) or self._spawn(request, stdin, log)
-                    self._attempts[handle] = request.attempt_id
-                    _write_json(self._note(request.attempt_id), {"attempt_id": request.attempt_id, "handle": handle})
-                    hello = request.hello("cuda:0" if request.device.startswith("cuda:") else request.device)
-                    with contextlib.suppress(BrokenPipeError):  # it died at once: the next probe tells
-                        words.write(told + json.dumps(hello).encode() + b"\n")
-                        words.close()
+                handle, words, told = self._fork(request, log) or self._spawn(request, log)
+            with words:
+                self._attempts[handle] = request.attempt_id
+                _write_json(self._note(request.attempt_id), {"attempt_id": request.attempt_id, "handle": handle})
+                hello = request.hello("cuda:0" if request.device.startswith("cuda:") else request.device)
+                with contextlib.suppress(BrokenPipeError):  # it died at once: the next probe tells
+                    words.write(told + json.dumps(hello).encode() + b"\n")
+                    words.close()
         except OSError as error:
             raise Unavailable(f"the worker can't be started: {error}") from error
         return handle
 
-    def _spawn(self, request: LaunchRequest, stdin: IO[bytes], log: IO[bytes]) -> tuple[str, bytes]:
-        """A worker started afresh: its handle, and what it must read before its hello, which is nothing."""
+    def _spawn(self, request: LaunchRequest, log: IO[bytes]) -> tuple[str, IO[bytes], bytes]:
+        """A worker started afresh: its handle, its standard input, and what it must read there before its hello, which
+        is nothing."""
         child = subprocess.Popen(
             self._command if request.engine is None else self._engine_command,
-            stdin=stdin,
+            stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
             cwd=request.work_dir,
-            env=_worker_environment(request),
+            env=self._environment(request),
             start_new_session=True,
         )
+        assert child.stdin is not None
         handle = f"{child.pid}:{_start_time(child.pid)}"
         self._children[handle] = child
-        return handle, b""
+        return handle, child.stdin, b""
 
-    def _fork(self, request: LaunchRequest, stdin: IO[bytes], log: IO[bytes]) -> tuple[str, bytes] | None:
+    def _fork(self, request: LaunchRequest, log: IO[bytes]) -> tuple[str, IO[bytes], bytes] | None:
         """The same of a supervisor that is forked, and waits for its variables and its folder; None: there is none."""
         if self._preloaded is None or request.engine is not None:
             return None
-        pid = self._preloaded.fork(stdin.fileno(), log.fileno())
-        if pid is None:
-            return None
-        told = {"environ": _worker_environment(request), "cwd": request.work_dir}
-        try:
-            return f"{pid}:{_start_time(pid)}", json.dumps(told).encode() + b"\n"
-        except psutil.Error:  # killed already
-            return None
+        read, write = os.pipe()
+        words = os.fdopen(write, "wb")
+        with os.fdopen(read, "rb") as stdin:
+            pid = self._preloaded.fork(stdin.fileno(), log.fileno())
+        if pid is not None:
+            told = {"environ": self._environment(request), "cwd": request.work_dir}
+            with contextlib.suppress(psutil.Error):  # killed already
+                return f"{pid}:{_start_time(pid)}", words, json.dumps(told).encode() + b"\n"
+        words.close()  # a fork that there is after all, too late to be heard of, is told nothing, and leaves
+        return None
 
     def probe(self, handle: str) -> Probe:
         """Dead only when the supervisor and everything it started are gone."""
@@ -186,6 +193,16 @@ class LocalLauncher:
             if marked:
                 yield process
 
+    def _environment(self, request: LaunchRequest) -> dict[str, str]:
+        """The server's, without what is its own, with the attempt's mark and its own device alone in sight."""
+        withheld = (_SETTINGS,) if self._store_keys else (_SETTINGS, *_PROVIDERS)
+        kept = {
+            name: value for name, value in os.environ.items() if name not in WITHHELD and not name.startswith(withheld)
+        }
+        visible = request.device.removeprefix("cuda:") if request.device.startswith("cuda:") else ""
+        own = {MARK: request.attempt_id, "CUDA_VISIBLE_DEVICES": visible, "PYTHONUNBUFFERED": "1"}
+        return {**kept, "CUDA_DEVICE_ORDER": "PCI_BUS_ID", **own}
+
     def _attempt_of(self, handle: str) -> str | None:
         if handle not in self._attempts:
             for file in (self._root / ".live").glob("*.json"):
@@ -229,14 +246,6 @@ def _supervisor(handle: str) -> psutil.Process | None:
     except (psutil.Error, ValueError):
         return None
     return process
-
-
-def _worker_environment(request: LaunchRequest) -> dict[str, str]:
-    """The server's environment with the attempt's mark and its own device alone in sight."""
-    kept = {name: value for name, value in os.environ.items() if name not in WITHHELD}
-    visible = request.device.removeprefix("cuda:") if request.device.startswith("cuda:") else ""
-    own = {MARK: request.attempt_id, "CUDA_VISIBLE_DEVICES": visible, "PYTHONUNBUFFERED": "1"}
-    return {**kept, "CUDA_DEVICE_ORDER": "PCI_BUS_ID", **own}
 
 
 def _write_json(path: Path, value: dict[str, str]) -> None:

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,19 +23,22 @@ PROGRAM = (sys.executable, "-P", "-m", "flash.worker.preloaded")
 
 
 class Preloaded:
-    """At most one such process. Methods are safe from several threads; `fork` waits for the loading."""
+    """At most one such process. Methods are safe from several threads; `fork` waits for the loading, but never twice
+    for what may never end."""
 
     def __init__(
         self, log: Path, *, program: Sequence[str] = PROGRAM, load_s: float = 30.0, answer_s: float = 5.0
     ) -> None:
         self._log = log
         self._program = tuple(program)
-        self._load_s = load_s      # how long a fork waits for a process that still loads
+        self._load_s = load_s      # how long a process may load; one that takes longer is replaced
         self._answer_s = answer_s  # how long a loaded one has for a fork
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
         self._loaded = False  # this process has said so
+        self._started_at = 0.0
+        self._patient = True  # a fork waits for the loading; not after one that never came to its end
         self._hopeful = sys.platform == "linux"  # until one dies before it has loaded: the next would too
 
     @property
@@ -53,8 +57,10 @@ class Preloaded:
             if self._process is None:
                 return None
             pid = self._ask(stdin, log) if self._ready() else None
-            if pid is None and (self._loaded or self._process.poll() is not None):
-                self._hopeful &= self._loaded
+            dead, overdue = self._process.poll() is not None, self._loading_left() <= 0
+            if pid is None and (self._loaded or dead or overdue):
+                self._hopeful &= self._loaded or not dead
+                self._patient = self._loaded
                 self._end()
                 self._start()
             return pid
@@ -79,7 +85,7 @@ class Preloaded:
                     pass_fds=[theirs.fileno()],
                     start_new_session=True,
                 )
-            self._socket = ours
+            self._socket, self._started_at = ours, time.monotonic()
         except OSError:
             ours.close()
             self._hopeful = False
@@ -88,10 +94,14 @@ class Preloaded:
 
     def _ready(self) -> bool:
         """Whether it has loaded, waiting for it; a process that ends meanwhile closes its end of the socket."""
-        if not self._loaded and self._wait(self._load_s):
+        if not self._loaded and self._wait(self._loading_left() if self._patient else 0.0):
             assert self._socket is not None
             self._loaded = self._socket.recv(64) == b"loaded"
         return self._loaded
+
+    def _loading_left(self) -> float:
+        """Seconds that this process has still to load."""
+        return max(0.0, self._started_at + self._load_s - time.monotonic())
 
     def _ask(self, stdin: int, log: int) -> int | None:
         assert self._socket is not None
@@ -103,7 +113,9 @@ class Preloaded:
 
     def _wait(self, seconds: float) -> bool:
         assert self._socket is not None
-        return bool(select.select([self._socket], [], [], seconds)[0])
+        ready = select.poll()  # takes descriptors of any number, as `select` does not
+        ready.register(self._socket, select.POLLIN)
+        return bool(ready.poll(seconds * 1000))
 
     def _end(self) -> None:
         if self._process is not None:

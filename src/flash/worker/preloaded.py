@@ -104,6 +104,7 @@ def _start_bare(fd: int, parent: int) -> NoReturn:
     """Again, with a trainer's variables alone: the server's may be secret, and libraries read theirs when loaded."""
     threads = usable_cpus()
     kept = trainer_environment(dict(os.environ), device="", threads=threads)
+    kept.pop("HF_TOKEN", None)  # the only secret that trainers have; forks are told it
     os.set_inheritable(fd, True)
     kept["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # who asks whether there are GPUs asks no driver
     variables = {**kept, MARK: _NO_MARK * _ROOM}  # last, so that nothing follows its room

@@ -49,8 +49,8 @@ from flash.errors import (
     UserCodeError,
     from_wire,
 )
+from flash.failpoints import MARK, failpoint
 from flash.failpoints import VARIABLES as FAILPOINTS
-from flash.failpoints import failpoint
 from flash.launching.accounts import account_of, remove_quarters
 from flash.launching.lineage import adopt_orphans
 from flash.records import Claim, EventKind, FailureKind, Finish, Manifest, Phase, SignRequest
@@ -74,7 +74,6 @@ from flash.worker.uploading import LocalCheckpoint, Uploader
 from flash.worker.wandb_sink import sinks_for
 
 FINISHED, UNUSABLE, FENCED, UNREACHABLE = 0, 2, 3, 4
-MARK = "FLASH_ATTEMPT_ID"  # the launcher's mark on every process of an attempt
 SinkFactory = Callable[[Claim, Path, WorkerSettings, Warn], Sequence[AttemptSink]]
 _RELAYED = frozenset({EventKind.LOG, EventKind.WARNING, EventKind.METRICS, EventKind.EVAL, EventKind.SAMPLE})
 
@@ -205,7 +204,7 @@ class Supervisor:
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()  # the one queue that signal handlers may use
         self._gone = threading.Event()
         self._pulse = Pulse()
-        self._gate = threading.RLock()           # guards the three below
+        self._gate = threading.RLock()           # guards the three below; held while `_set_phase` shows what waited
         self._environment_ready = threading.Event()
         self._held_phases: list[dict[str, Any]] = []
         self._shown_phase: dict[str, Any] | None = None
