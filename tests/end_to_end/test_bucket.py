@@ -1,5 +1,5 @@
-"""A run whose artifacts live in a bucket that fails now and then, and whose worker dies once: it ends `done`,
-whether its worker has the bucket's keys or addresses that the server signs."""
+"""A run whose artifacts live in a bucket that fails now and then, and whose worker dies once: it ends `done` and is
+served, whether worker and engine have the bucket's keys or addresses that the server signs."""
 
 from __future__ import annotations
 
@@ -42,6 +42,10 @@ def test_a_run_on_a_failing_bucket(tmp_path, reached_by):
             for file in files:
                 body = machine.http.get(f"/api/runs/{run_id}/adapter/files/{file['path']}").content
                 assert hashlib.sha256(body).hexdigest() == file["sha256"]
+            deploy = {"json": {"run_id": run_id}, "timeout": 60}
+            wait_for(lambda: machine.http.post("/api/deployments", **deploy).status_code == 201, 100)
+            asked = {"model": run_id, "messages": [{"role": "user", "content": "say 1"}], "max_tokens": 4}
+            assert machine.call("POST", "/v1/chat/completions", json=asked, timeout=60)["choices"]
             told = [event["seq"] for event in machine.events(run_id)]
             assert told == list(range(1, len(told) + 1))
         finally:

@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
-from tests.team.test_retention import DAYS, Made, World, name
+from sqlalchemy import update
+from tests.team.test_retention import DAYS, SPEC, Made, World, name
 from tests.team.worlds import Team
 from torture.bucket import Bucket, Kill
 from torture.machine import HERE
@@ -31,6 +33,7 @@ from flash.artifacts.signed import SignedStore
 from flash.artifacts.store import Store, credentials
 from flash.errors import Conflict, InvalidInput, NotFound, Unavailable
 from flash.records import Manifest, ManifestFile, RunState
+from flash.storage import schema
 
 pytestmark = pytest.mark.slow
 
@@ -124,6 +127,50 @@ def test_the_adapter_that_a_run_starts_from_may_be_read_and_not_written(distant:
             body = {"epoch": 1, "verb": verb, "keys": [object_key(source.run_id, file.sha256)]}
             answer = distant.http.post(f"{path}/urls", json=body, headers=worker)
             assert answer.status_code == (200 if allowed else 403), (verb, file.path)
+
+
+def test_an_engine_has_no_key_and_reads_the_adapters_of_its_base_alone(
+    open_team: Callable[..., Team], bucket: Bucket, tmp_path: Path
+):
+    team = open_team(
+        store_url=f"{bucket.url}/{tmp_path.name}", store_options=bucket.options, worker_store="signed",
+        devices=("cpu",), engine_wait_s=0.0,
+    )  # fmt: skip
+    world = World(team)
+    environment = world.environment("e", deleted_days=None)
+    fitting, strange = (Made(name(), RunState.DONE, 0.0, environment) for _ in range(2))
+    for made in (fitting, strange):
+        world.add(made, 2)
+    with team.plane.database.write() as connection:
+        table = schema.runs
+        other = {**SPEC, "model": "Qwen/Qwen3.5-0.8B"}
+        connection.execute(update(table).where(table.c.id == strange.run_id).values(spec=other))
+    key = team.key("beta")
+    asked = {"model": "flash/nano", "messages": [{"role": "user", "content": "x"}]}
+    team.call(key, "POST", "/v1/chat/completions", json=asked)
+    team.settle()
+    [engine] = team.launcher.requests
+    launch = team.launcher.requests[engine]
+    assert launch.engine is not None and launch.engine["signed"] and launch.engine["store_options"] == {}
+    assert not [secret for secret in credentials(bucket.options) if secret in json.dumps(launch.engine)]
+
+    def ask(*keys: str, token: str = launch.token) -> Any:
+        headers = {"Authorization": f"Bearer {token}"}
+        return team.http.post(f"/worker/engines/{engine}/urls", json={"keys": keys}, headers=headers)
+
+    for made, adapters in ((fitting, 200), (strange, 403)):
+        for manifest in made.checkpoints:
+            assert ask(manifest_key(made.run_id, manifest.step)).status_code == adapters
+            for file in manifest.files:
+                expected = adapters if file.path.startswith("adapter/") else 403
+                assert ask(object_key(made.run_id, file.sha256)).status_code == expected, file.path
+    own = manifest_key(fitting.run_id, 1)
+    [address] = ask(own).json()["urls"]
+    assert httpx.get(address).content == team.plane.store.get_bytes(own)
+    for crooked in (manifest_key(fitting.run_id, 3), f"runs/{fitting.run_id}/../x", "environments/x.tar.gz", "runs"):
+        assert ask(own, crooked).status_code == 403, crooked
+    assert ask(manifest_key(name(), 1)).status_code == 404
+    assert ask(own, token=key).status_code == ask(own, token="").status_code == 401
 
 
 # --- the bucket by addresses ------------------------------------------------------------------------------

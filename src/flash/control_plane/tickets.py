@@ -1,7 +1,8 @@
 """A worker's way in where its launch is written down for others to read: a ticket in place of its token.
 
 Owns what a ticket is: the token, sealed under the vault's key for this worker alone. Nothing is recorded, so any server
-of the database can open it, also one that was started in between. What it is good for, and how long, is the route's.
+of the database can open it, also one that was started in between, and again when an answer got lost. What it is good
+for, and how long, is the route's.
 """
 
 from __future__ import annotations

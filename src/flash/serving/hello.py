@@ -5,8 +5,9 @@ Times are seconds, sizes bytes.
 
 An engine host is `python -P -m flash.serving.host` with one `EngineHello` as a line of JSON on standard input.
 It posts an `EngineHeartbeat` to `{plane_url}/worker/engines/{engine_id}/heartbeat` every `heartbeat_s` and gets
-an `EngineAnswer`; 401, 404 and 409 mean that it is no longer wanted. It serves OpenAI's API at `url`. Every
-request in either direction carries `Authorization: Bearer {token}`.
+an `EngineAnswer`; 401, 404 and 409 mean that it is no longer wanted. Where its bucket's addresses are `signed`, it gets
+them for an `AddressRequest` to `.../urls`. It serves OpenAI's API at `url`. Every request in either direction carries
+`Authorization: Bearer {token}`.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class EngineHello(Record):
     bind: str = "127.0.0.1"         # the address of its machine that it serves on
     store_url: str
     store_options: dict[str, str] = Field(default_factory=dict, repr=False)  # a bucket's settings, keys included
+    signed: bool = False            # adapters are read by addresses that the plane signs; there are no options then
     cache_dir: str                  # adapters' files, shared by every host of this machine
     heartbeat_s: float = Field(gt=0)
     lease_s: float = Field(gt=0)    # without an answer for this long, the host ends
@@ -54,7 +56,8 @@ class EngineHello(Record):
     max_adapters: int = Field(ge=1)             # adapters in one batch, their weights beside the base's
     max_loaded_adapters: int = Field(default=64, ge=1)  # adapters in memory, ready to join one
     adapter_disk_bytes: int = Field(default=16 << 30, ge=0)  # of adapters' files below `cache_dir`
-    vllm_python: str | None = None  # the interpreter of vLLM's own virtual environment; None: the built-in engine
+    vllm_python: str | None = None  # the interpreter of vLLM's own virtual environment; None: the built-in engine.
+    # On its way to a node of a cluster "auto" or "vllm": there is one there, or not.
     threads: int = Field(default=0, ge=0)       # of torch on a CPU; 0 leaves it to torch
     unread_tokens: int = Field(default=16_384, ge=1)  # of one answer, for a slow reader, before it is cancelled
     stalled_s: float = Field(default=60.0, gt=0)      # a reader that takes nothing for so long is dropped
@@ -74,6 +77,12 @@ class EngineHeartbeat(Record):
 
 class EngineAnswer(Record):
     desired: Literal["serve", "drain"]    # drain: finish what is in flight, refuse what is new, exit 0
+
+
+class AddressRequest(Record):
+    """Addresses to read by: of manifests, and of adapters' files, on the engine's own base. A `SignAnswer` answers."""
+
+    keys: tuple[str, ...] = Field(min_length=1, max_length=100)
 
 
 def adapter_digest(manifest: Manifest) -> str:

@@ -25,6 +25,7 @@ from pathlib import Path
 import uvicorn
 from pydantic import ValidationError
 
+from flash.artifacts.signed import SignedStore
 from flash.artifacts.store import Store
 from flash.catalog.catalog import load_catalog
 from flash.errors import FlashError, InternalError
@@ -153,9 +154,12 @@ async def _serve(
     hello: EngineHello, served: Served, engine: ServingEngine, link: Link, draining: asyncio.Event
 ) -> None:
     """Until it is asked to drain and nothing is in flight any more."""
-    files = AdapterFiles(
-        Store(hello.store_url, hello.store_options), Path(hello.cache_dir), most_bytes=hello.adapter_disk_bytes
+    store = (
+        SignedStore(lambda _, keys: link.addresses(keys))
+        if hello.signed
+        else Store(hello.store_url, hello.store_options)
     )
+    files = AdapterFiles(store, Path(hello.cache_dir), most_bytes=hello.adapter_disk_bytes)
     shelf = AdapterShelf(engine, files, room=max(hello.max_adapters, hello.max_loaded_adapters))
     room = Room(hello, served, engine, shelf)
     config = uvicorn.Config(

@@ -1,4 +1,5 @@
-"""The host's tie to the control plane: heartbeats that keep it wanted, and its end when it isn't, or can't know.
+"""The host's tie to the control plane: heartbeats that keep it wanted, its end when it isn't, or can't know, and the
+addresses that it reads adapters by.
 
 Owns the heartbeat thread and the clock of the lease, which is monotonic and in this process. Knows nothing of
 engines and requests: it is given what to tell, and tells when to drain.
@@ -9,18 +10,20 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 from pydantic import ValidationError
 
-from flash.errors import FlashError
-from flash.serving.hello import EngineAnswer, EngineHeartbeat, EngineHello, EngineState
+from flash.errors import FlashError, NotFound, Unavailable, from_wire
+from flash.records import SignAnswer
+from flash.serving.hello import AddressRequest, EngineAnswer, EngineHeartbeat, EngineHello, EngineState
 
 UNWANTED, UNREACHABLE = 3, 4  # exit statuses
 _UNWANTED = frozenset({401, 403, 404, 409})
+_ADDRESSES_S = 15.0  # for an answer with addresses
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,18 @@ class Link(threading.Thread):
         finally:
             self._http.close()
 
+    def addresses(self, keys: Sequence[str]) -> Sequence[str]:
+        """An address in the bucket to read each of these objects by; from any thread. NotFound: the plane knows no such
+        adapter. Unavailable: it gives none, for whatever other reason."""
+        try:
+            answer = self._post("urls", AddressRequest(keys=tuple(keys)).model_dump_json(), timeout_s=_ADDRESSES_S)
+            if answer.is_success:
+                return SignAnswer.model_validate_json(answer.content).urls
+            refusal = from_wire(answer.json()["error"])
+        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+            raise Unavailable(f"the control plane gave no address: {error or type(error).__name__}") from error
+        raise refusal if isinstance(refusal, NotFound) else Unavailable(f"the control plane gave no address: {refusal}")
+
     def run(self) -> None:
         while not self._ending.is_set():
             sent = time.monotonic()
@@ -112,10 +127,12 @@ class Link(threading.Thread):
             idle_s=vitals.idle_s,
             in_flight=vitals.in_flight,
         )
-        path = f"/worker/engines/{self._hello.engine_id}/heartbeat"
+        return self._post("heartbeat", beat.model_dump_json(), timeout_s=timeout_s)
+
+    def _post(self, what: str, content: str, *, timeout_s: float) -> httpx.Response:
         return self._http.post(
-            self._hello.plane_url.rstrip("/") + path,
-            content=beat.model_dump_json(),
+            f"{self._hello.plane_url.rstrip('/')}/worker/engines/{self._hello.engine_id}/{what}",
+            content=content,
             headers={"Content-Type": "application/json"},
             timeout=timeout_s,
         )

@@ -1,5 +1,5 @@
-"""The worker API: claim, heartbeat, events, checkpoints, finish, the environment's archive; an engine's heartbeat; the
-exchange of a launch's ticket.
+"""The worker API: claim, heartbeat, events, checkpoints, finish, the environment's archive; an engine's heartbeat;
+addresses in the bucket for both; the exchange of a launch's ticket.
 
 Every write is fenced: it names its attempt and epoch (or its engine), and one that is over gets 409.
 """
@@ -12,7 +12,7 @@ from fastapi import APIRouter, Response
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Connection
 
-from flash.artifacts.manifests import environment_key, object_digests, object_key
+from flash.artifacts.manifests import environment_key, manifest_key, object_digests, object_key
 from flash.control_plane import checkpoints
 from flash.control_plane.auth import EngineHost, Plane, Ticket, Worker, WorkerIdentity, require_live
 from flash.control_plane.engines import hello as engine_hello
@@ -37,7 +37,7 @@ from flash.records import (
     SignAnswer,
     SignRequest,
 )
-from flash.serving.hello import EngineAnswer, EngineHeartbeat
+from flash.serving.hello import AddressRequest, EngineAnswer, EngineHeartbeat
 from flash.storage import engines, environments, identity, runs
 
 router = APIRouter(prefix="/worker/attempts/{attempt_id}", tags=["worker"])
@@ -213,8 +213,7 @@ def urls(body: SignRequest, worker: Worker, plane: Plane) -> SignAnswer:
     with plane.database.read() as connection:
         _live(connection, worker, body.epoch)
         init = checkpoints.find_init(connection, runs.get_run(connection, worker.run_id))
-    if not plane.signs_for_workers:
-        raise InvalidInput("this store has no addresses to sign", remedy="this worker has its settings instead")
+    _require_addresses(plane)
     given: set[str] = set()
     if init is not None and body.verb != "PUT":
         given = {object_key(init.run_id, sha256) for sha256 in object_digests(init)}
@@ -222,6 +221,11 @@ def urls(body: SignRequest, worker: Worker, plane: Plane) -> SignAnswer:
         if not key.startswith(f"runs/{worker.run_id}/") and key not in given:
             raise Forbidden(f"{key!r:.200} is none of {worker.run_id}'s objects")
     return SignAnswer(urls=tuple(plane.store.sign(body.verb, body.keys, expires_s=SIGNED_S)))
+
+
+def _require_addresses(plane: Services) -> None:
+    if not plane.signs_for_workers:
+        raise InvalidInput("this store has no addresses to sign", remedy="this worker has its settings instead")
 
 
 @router.get("/environment", response_class=Response)
@@ -256,3 +260,21 @@ def hello(ticket: Ticket, plane: Plane) -> dict[str, Any]:
 @engine_router.post("/heartbeat")
 def engine_heartbeat(body: EngineHeartbeat, engine: EngineHost, plane: Plane) -> EngineAnswer:
     return record_heartbeat(plane, engine, body)
+
+
+@engine_router.post("/urls")
+def engine_urls(body: AddressRequest, engine: EngineHost, plane: Plane) -> SignAnswer:
+    """Addresses to read by: of the manifests and adapters of runs on the engine's base, and of nothing else."""
+    _require_addresses(plane)
+    given: set[str] = set()
+    with plane.database.read() as connection:
+        for run_id in {key.split("/")[1] for key in body.keys if key.startswith("runs/")}:
+            if runs.get_run(connection, run_id).spec["model"] != engine.model:
+                continue
+            for found in runs.checkpoints_of(connection, run_id):
+                adapter = object_digests(runs.manifest_of(connection, run_id, found.step), "adapter")
+                given |= {manifest_key(run_id, found.step), *(object_key(run_id, sha256) for sha256 in adapter)}
+    for key in body.keys:
+        if key not in given:
+            raise Forbidden(f"{key!r:.200} is of no adapter on {engine.model}")
+    return SignAnswer(urls=tuple(plane.store.sign("GET", body.keys, expires_s=SIGNED_S)))
