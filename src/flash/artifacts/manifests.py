@@ -21,7 +21,7 @@ from typing import Literal
 
 from pydantic import ValidationError
 
-from flash.artifacts.store import Store, sync_folder
+from flash.artifacts.store import Objects, Store, sync_folder
 from flash.errors import Conflict, InvalidInput, NotFound, Unavailable
 from flash.failpoints import failpoint
 from flash.records import Manifest, ManifestFile, ManifestPart
@@ -50,7 +50,7 @@ def environment_key(sha256: str) -> str:
 
 
 def write_checkpoint(
-    store: Store,
+    store: Objects,
     run_id: str,
     step: int,
     folder: Path,
@@ -117,7 +117,7 @@ def _describe(path: Path, name: str, part_bytes: int) -> ManifestFile:
     return ManifestFile(path=name, sha256=whole.hexdigest(), size=total, parts=tuple(parts) if len(parts) > 1 else ())
 
 
-def _put_missing(store: Store, run_id: str, path: Path, file: ManifestFile) -> None:
+def _put_missing(store: Objects, run_id: str, path: Path, file: ManifestFile) -> None:
     """Uploads those of a file's objects that the store does not have."""
     start = 0
     for part in file.objects:
@@ -133,7 +133,7 @@ def _put_missing(store: Store, run_id: str, path: Path, file: ManifestFile) -> N
         start += part.size
 
 
-def read_manifest(store: Store, run_id: str, step: int) -> tuple[Manifest, str]:
+def read_manifest(store: Objects, run_id: str, step: int) -> tuple[Manifest, str]:
     """The manifest and the SHA-256 of its bytes; `NotFound` if the step is not complete."""
     body = store.get_bytes(manifest_key(run_id, step))
     try:
@@ -145,7 +145,7 @@ def read_manifest(store: Store, run_id: str, step: int) -> tuple[Manifest, str]:
     return manifest, hashlib.sha256(body).hexdigest()
 
 
-def verify(store: Store, manifest: Manifest, *, only: Part | None = None, digests: bool = False) -> None:
+def verify(store: Objects, manifest: Manifest, *, only: Part | None = None, digests: bool = False) -> None:
     """Checks that every object is there with its size and, with `digests`, its bytes; else `Damaged`."""
     for file in _files(manifest, only):
         if sum(part.size for part in file.objects) != file.size:
@@ -161,7 +161,7 @@ def verify(store: Store, manifest: Manifest, *, only: Part | None = None, digest
                 raise Damaged(f"{manifest.run_id}/step-{manifest.step}: {of} has other bytes than recorded")
 
 
-def fetch_checkpoint(store: Store, manifest: Manifest, folder: Path, only: Part | None = None) -> None:
+def fetch_checkpoint(store: Objects, manifest: Manifest, folder: Path, only: Part | None = None) -> None:
     """Downloads a checkpoint into `folder`, which appears only when it is complete and every digest fits.
 
     `only="adapter"` leaves the optimizer's and generators' state out. An existing `folder` is replaced.
@@ -184,7 +184,7 @@ def fetch_checkpoint(store: Store, manifest: Manifest, folder: Path, only: Part 
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def stream_file(store: Store, manifest: Manifest, file: ManifestFile) -> Iterator[bytes]:
+def stream_file(store: Objects, manifest: Manifest, file: ManifestFile) -> Iterator[bytes]:
     """The file's bytes in chunks; raises `Damaged` at the end if they are not those that were recorded."""
     found = hashlib.sha256()
     for part in file.objects:

@@ -9,15 +9,15 @@ object whose upload broke off is sent anew, those before it stay. Knows no runs.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Literal, TypeVar
 
 import httpx
 
-from flash.artifacts.store import Store
-from flash.errors import Conflict, FlashError, InvalidInput, NotFound, Unavailable
+from flash.artifacts.store import Objects
+from flash.errors import Conflict, FlashError, NotFound, Unavailable
 
 Verb = Literal["GET", "HEAD", "PUT"]
 Sign = Callable[[Verb, Sequence[str]], Sequence[str]]
@@ -29,32 +29,32 @@ _AZURE = {"x-ms-blob-type": "BlockBlob"}  # without it Azure takes no upload; to
 T = TypeVar("T")
 
 
-class SignedStore(Store):
-    """`sign(verb, keys)` gives an address for each key. Offers what workers need, and refuses the rest.
-
-    Raises as `Store` does.
-    """
+class SignedStore(Objects):
+    """`sign(verb, keys)` gives an address for each key."""
 
     def __init__(self, sign: Sign, *, silence_s: float = 60.0) -> None:
-        self.url = "signed:"
-        self.options = {}
-        self._root = None
         self._sign = sign
         # The bucket is the operator's and its address ours: no proxy meant for the user's own traffic.
         self._http = httpx.Client(timeout=httpx.Timeout(silence_s, connect=10.0), trust_env=False)
 
     def put_bytes(self, key: str, data: bytes, *, create: bool = False) -> None:
-        headers = {"If-None-Match": "*"} if create else {}
-        self._put(key, lambda: data, len(data), headers)
+        # Google's store heeds no If-None-Match on a PUT, and a header of its own would have to be signed: there, this
+        # look is all that keeps an object, and of two writers at once the later one wins.
+        if create and self.size(key) is not None:
+            raise _taken(key)
+        self._put(key, lambda: data, len(data), create=create)
 
     def put_file(self, key: str, path: Path) -> None:
         with path.open("rb") as file:
             size = file.seek(0, 2)
-            self._put(key, lambda: _from_start(file), size, {})
+            self._put(key, lambda: _from_start(file), size)
 
     def size(self, key: str) -> int | None:
         def ask() -> int:
-            return int(_checked(self._http.head(self._address("HEAD", key)), key).headers["Content-Length"])
+            told = _checked(self._http.head(self._address("HEAD", key)), key).headers.get("Content-Length", "")
+            if not told.isdigit():
+                raise _failed(key, "it did not say how large that is")
+            return int(told)
 
         try:
             return _repeated(key, ask)
@@ -68,27 +68,16 @@ class SignedStore(Store):
         with _translated(key), self._http.stream("GET", self._address("GET", key)) as answer:
             yield from _checked(answer, key).iter_bytes(_CHUNK)
 
-    def copy(self, source: str, target: str) -> None:
-        raise InvalidInput(f"{source}: signed addresses copy nothing")
-
-    def delete(self, key: str) -> None:
-        raise InvalidInput(f"{key}: signed addresses delete nothing")
-
-    def list(self, prefix: str) -> list[str]:
-        raise InvalidInput(f"{prefix}: signed addresses list nothing")
-
-    def folders(self, prefix: str) -> Sequence[str]:
-        raise InvalidInput(f"{prefix}: signed addresses list nothing")
-
-    def sweep(self, *, older_than_s: float) -> int:
-        return 0
-
     def _put(
-        self, key: str, content: Callable[[], bytes | Iterator[bytes]], size: int, headers: Mapping[str, str]
+        self, key: str, content: Callable[[], bytes | Iterator[bytes]], size: int, *, create: bool = False
     ) -> None:
+        headers = {"Content-Length": str(size), **_AZURE, **({"If-None-Match": "*"} if create else {})}
+
         def send() -> None:
-            sized = {**headers, "Content-Length": str(size), **_AZURE}
-            _checked(self._http.put(self._address("PUT", key), content=content(), headers=sized), key)
+            answer = self._http.put(self._address("PUT", key), content=content(), headers=headers)
+            if create and answer.status_code in (409, 412):  # else they mean that it could not be done just now
+                raise _taken(key)
+            _checked(answer, key)
 
         _repeated(key, send)
 
@@ -108,11 +97,15 @@ def _checked(answer: httpx.Response, key: str) -> httpx.Response:
         return answer
     if answer.status_code == 404:
         raise NotFound(f"no object {key}")
-    if answer.status_code in (409, 412):
-        raise Conflict(f"object {key} is there already")
-    raise Unavailable(
-        f"the artifact store failed on {key}: it answered {answer.status_code}", remedy="see the bucket's own log"
-    )
+    raise _failed(key, f"it answered {answer.status_code}")
+
+
+def _taken(key: str) -> Conflict:
+    return Conflict(f"object {key} is there already")
+
+
+def _failed(key: str, problem: str) -> Unavailable:
+    return Unavailable(f"the artifact store failed on {key}: {problem}", remedy="see the bucket's own log")
 
 
 def _repeated(key: str, once: Callable[[], T]) -> T:

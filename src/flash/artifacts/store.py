@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, Protocol
 from urllib.parse import unquote, urlsplit
 
 import obstore
@@ -42,7 +42,32 @@ _ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"
 _LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
 
-class Store:
+class Objects(Protocol):
+    """What whoever writes and reads checkpoints needs of a store, at hand or at a distance. Raises as `Store` does."""
+
+    def put_bytes(self, key: str, data: bytes, *, create: bool = False) -> None:
+        """Writes an object whole; with `create`, raises `Conflict` if the key is taken."""
+
+    def put_file(self, key: str, path: Path) -> None:
+        """Writes a local file's bytes under the key."""
+
+    def size(self, key: str) -> int | None:
+        """Bytes of the object, or None if there is none."""
+
+    def get_bytes(self, key: str) -> bytes: ...
+
+    def stream(self, key: str) -> Iterator[bytes]:
+        """The object in chunks of a few MiB."""
+
+    def digest(self, key: str) -> str:
+        """SHA-256 of the object's bytes, read from the store."""
+        found = hashlib.sha256()
+        for chunk in self.stream(key):
+            found.update(chunk)
+        return found.hexdigest()
+
+
+class Store(Objects):
     """A store by URL: `file:///folder`, `memory://`, `s3://bucket/prefix`, `gs://`, `az://`.
 
     `options` are a bucket's settings under obstore's names (`endpoint`, `region`, `access_key_id`,
@@ -87,7 +112,6 @@ class Store:
     # --- writing ------------------------------------------------------------------------------------
 
     def put_bytes(self, key: str, data: bytes, *, create: bool = False) -> None:
-        """Writes an object whole; with `create`, raises `Conflict` if the key is taken."""
         if self._root is not None:
             with self._replacing(key, create=create) as file:
                 file.write(data)
@@ -97,7 +121,7 @@ class Store:
             obstore.put(self._backend, _safe(key), data, mode=mode, max_concurrency=_PARTS)
 
     def put_file(self, key: str, path: Path) -> None:
-        """Writes a local file's bytes under the key, in parts where the store takes parts."""
+        """In parts where the store takes parts."""
         if self._root is not None:
             with path.open("rb") as source, self._replacing(key, create=False) as file:
                 shutil.copyfileobj(source, file, _CHUNK)
@@ -157,7 +181,6 @@ class Store:
     # --- reading ------------------------------------------------------------------------------------
 
     def size(self, key: str) -> int | None:
-        """Bytes of the object, or None if there is none."""
         try:
             with self._asking(key):
                 return int(obstore.head(self._backend, _safe(key))["size"])
@@ -169,19 +192,11 @@ class Store:
             return bytes(obstore.get(self._backend, _safe(key)).bytes())
 
     def stream(self, key: str) -> Iterator[bytes]:
-        """The object in chunks of a few MiB."""
         with self._asking(key):
             found = obstore.get(self._backend, _safe(key))
         with _translated(key):  # whoever reads may take any time
             for chunk in found.stream(min_chunk_size=_CHUNK):
                 yield bytes(chunk)
-
-    def digest(self, key: str) -> str:
-        """SHA-256 of the object's bytes, read from the store."""
-        found = hashlib.sha256()
-        for chunk in self.stream(key):
-            found.update(chunk)
-        return found.hexdigest()
 
     def list(self, prefix: str) -> list[str]:
         """Keys below a prefix, which ends at a path segment."""

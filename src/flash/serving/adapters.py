@@ -27,7 +27,7 @@ from typing import Any, Protocol
 from pydantic import ValidationError
 
 from flash.artifacts.manifests import fetch_checkpoint
-from flash.artifacts.store import Store, digest_file
+from flash.artifacts.store import Objects, digest_file
 from flash.errors import InvalidInput, NotFound, Unavailable
 from flash.records import Manifest
 from flash.serving.hello import adapter_digest
@@ -50,7 +50,7 @@ class Adapter:
 class AdapterFiles:
     """Adapters' folders below `cache_dir`, filled from the store and kept under `most_bytes`. Blocking."""
 
-    def __init__(self, store: Store, cache_dir: Path, *, most_bytes: int) -> None:
+    def __init__(self, store: Objects, cache_dir: Path, *, most_bytes: int) -> None:
         self._store = store
         self._root = cache_dir / "adapters"
         self._most_bytes = most_bytes

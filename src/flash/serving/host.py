@@ -26,7 +26,7 @@ import uvicorn
 from pydantic import ValidationError
 
 from flash.artifacts.signed import SignedStore
-from flash.artifacts.store import Store
+from flash.artifacts.store import Objects, Store
 from flash.catalog.catalog import load_catalog
 from flash.errors import FlashError, InternalError
 from flash.inference.engine import ServingEngine
@@ -154,12 +154,7 @@ async def _serve(
     hello: EngineHello, served: Served, engine: ServingEngine, link: Link, draining: asyncio.Event
 ) -> None:
     """Until it is asked to drain and nothing is in flight any more."""
-    store = (
-        SignedStore(lambda _, keys: link.addresses(keys))
-        if hello.signed
-        else Store(hello.store_url, hello.store_options)
-    )
-    files = AdapterFiles(store, Path(hello.cache_dir), most_bytes=hello.adapter_disk_bytes)
+    files = AdapterFiles(_open_store(hello, link), Path(hello.cache_dir), most_bytes=hello.adapter_disk_bytes)
     shelf = AdapterShelf(engine, files, room=max(hello.max_adapters, hello.max_loaded_adapters))
     room = Room(hello, served, engine, shelf)
     config = uvicorn.Config(
@@ -190,6 +185,12 @@ async def _serve(
     await room.traffic.empty.wait()
     server.should_exit = True
     await serving
+
+
+def _open_store(hello: EngineHello, link: Link) -> Objects:
+    if not hello.signed:
+        return Store(hello.store_url, hello.store_options)
+    return SignedStore(lambda _, keys: link.addresses(keys))  # only ever to read by
 
 
 def _family(address: str) -> socket.AddressFamily:

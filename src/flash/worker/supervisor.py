@@ -32,7 +32,7 @@ import psutil
 
 from flash.artifacts.manifests import Damaged, fetch_checkpoint
 from flash.artifacts.signed import SignedStore
-from flash.artifacts.store import Store, credentials
+from flash.artifacts.store import Objects, Store, credentials
 from flash.catalog.catalog import flash_home
 from flash.config.run import RunSpec
 from flash.environments.package import unpack
@@ -326,7 +326,7 @@ class Supervisor:
         self._in_background("environment", self._prepare_environment)
         self._in_background("job", lambda: self._send_job(threads))
 
-    def _open_store(self, claim: Claim) -> Store:
+    def _open_store(self, claim: Claim) -> Objects:
         if not claim.signed:
             return Store(claim.store_url, claim.store_options)
         return SignedStore(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 from flash.artifacts.manifests import write_checkpoint
-from flash.artifacts.store import Store
+from flash.artifacts.store import Objects
 from flash.errors import Conflict, FlashError, Unauthorized, Unavailable
 from flash.failpoints import failpoint
 from flash.records import CheckpointReport
@@ -50,7 +50,7 @@ class Uploader(threading.Thread):
 
     def __init__(
         self,
-        store: Store,
+        store: Objects,
         api: CheckpointReceiver,
         run_id: str,
         epoch: int,
