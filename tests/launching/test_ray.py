@@ -15,10 +15,11 @@ from typing import Any
 
 import psutil
 import pytest
-from tests.team.cluster import Cluster, free_port, wait_for
+from tests.team.cluster import Cluster, free_port
+from torture.machine import wait_for
 
 from flash.errors import Unauthorized, Unavailable
-from flash.launching.launcher import LaunchRequest, Probe
+from flash.launching.launcher import LaunchRequest, LaunchUnsure, Probe
 from flash.launching.local import MARK
 from flash.launching.ray import NODE_GONE, TICKET, RayLauncher
 from flash.launching.ray_entry import worker_environment
@@ -184,10 +185,14 @@ class Head:
 
     def __init__(self, nodes: dict[str, dict[str, float]], jobs: list[dict[str, Any]]) -> None:
         self.asked: list[tuple[str, str, Any]] = []
+        self.silent: set[str] = set()  # methods of requests that get no answer
+        self.jobs = jobs
+        self.accepts = True
         head = self
         listed = [{"node_id": name, "state": "ALIVE", "resources_total": has} for name, has in nodes.items()]
         gpu = {"name": "NVIDIA L4", "memoryTotal": 23034}
         told = [{"raylet": {"nodeId": name}, "gpus": [gpu] * int(has.get("GPU", 0))} for name, has in nodes.items()]
+        self.nodes = listed
         answers = {
             "/api/jobs/": jobs,
             "/api/v0/nodes": {"data": {"result": {"result": listed}}},
@@ -199,8 +204,15 @@ class Head:
                 length = int(self.headers.get("Content-Length") or 0)
                 body = json.loads(self.rfile.read(length)) if length else None
                 head.asked.append((self.command, self.path, body))
-                data = json.dumps(answers.get(self.path.partition("?")[0], {})).encode()
-                self.send_response(200)
+                path = self.path.partition("?")[0]
+                if self.command == "POST" and path == "/api/jobs/" and head.accepts:
+                    jobs.append(job(body["submission_id"], "PENDING"))
+                if self.command in head.silent:
+                    self.close_connection = True
+                    return
+                known = path in answers or path.rpartition("/")[2] in {each["submission_id"] for each in jobs}
+                data = json.dumps(answers.get(path, {})).encode()
+                self.send_response(200 if known else 404)
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
                 self.wfile.write(data)
@@ -264,13 +276,59 @@ def test_gpus_come_before_cpus_and_a_job_asks_for_its_node_and_device(head: Any)
 
 def test_a_node_that_lost_a_job_gets_none_for_a_while(head: Any):
     for code in (None, NODE_GONE):
-        lost = job("flash-1-00000000.1", "FAILED", driver_exit_code=code, driver_node_id="aa" * 28)
-        ray = head(lost).launcher(kinds=["cpu"])
-        assert len(ray.devices()) == 2
+        there = head()
+        ray = there.launcher(kinds=["cpu"])
+        assert ray.list() == {} and len(ray.devices()) == 2
+        there.jobs.append(job("flash-1-00000000.1", "FAILED", driver_exit_code=code, driver_node_id="aa" * 28))
         assert ray.list() == {} and ray.devices() == []
+        assert len(ray.describe()) == 2, "it is planned with all the same"
+        later = there.launcher(kinds=["cpu"])
+        assert later.list() == {} and len(later.devices()) == 2, "when it was lost, a server that comes can't tell"
     failed = job("flash-1-00000000.1", "FAILED", driver_exit_code=3, driver_node_id="aa" * 28)
-    ray = head(failed).launcher(kinds=["cpu"])
+    there = head()
+    ray = there.launcher(kinds=["cpu"])
+    assert ray.list() == {}
+    there.jobs.append(failed)
     assert ray.list() == {} and len(ray.devices()) == 2
+
+
+def test_what_there_was_is_planned_with_while_no_node_is_there_or_the_head_is_away(head: Any):
+    there = head()
+    ray = there.launcher()
+    seen = ray.describe()
+    assert len(seen) == 2
+    there.nodes.clear()
+    wait_for(lambda: ray.devices() == [])
+    assert ray.describe() == seen
+    there.silent.add("GET")
+    wait_for(lambda: _raises(Unavailable, ray.devices))
+    assert ray.describe() == seen
+    assert _raises(Unavailable, there.launcher().describe), "who never saw them has nothing to say"
+
+
+def _raises(kind: type[Exception], call: Any) -> bool:
+    try:
+        call()
+    except kind:
+        return True
+    return False
+
+
+def test_a_launch_whose_answer_is_lost_is_asked_for_and_else_told_as_such(head: Any):
+    there = head()
+    ray = there.launcher()
+    there.silent.add("POST")
+    first, second = (
+        LaunchRequest(f"flash-1-0000000{number}.1", "http://plane", TOKEN, "/", device)
+        for number, device in enumerate(ray.devices())
+    )
+    assert ray.launch(first) == first.attempt_id
+    there.accepts = False
+    with pytest.raises(LaunchUnsure):
+        ray.launch(second)
+    there.silent.add("GET")
+    with pytest.raises(Unavailable):
+        ray.launch(first)
 
 
 def test_own_jobs_that_ended_long_ago_are_removed_from_ray(head: Any):
@@ -282,6 +340,19 @@ def test_own_jobs_that_ended_long_ago_are_removed_from_ray(head: Any):
     )  # fmt: skip
     assert there.launcher().list() == {"live": "live"}
     assert [path for method, path, _ in there.asked if method == "DELETE"] == ["/api/jobs/old"]
+
+
+def test_a_look_takes_away_a_few_old_jobs_at_once_and_does_not_fail_for_one(head: Any):
+    hour_ago = (time.time() - 4000) * 1000
+    old = [job(f"old-{number}", "SUCCEEDED", end_time=hour_ago) for number in range(50)]
+    there = head(*old, job("live", "RUNNING"))
+    ray = there.launcher()
+    assert ray.list() == {"live": "live"}
+    few = len([method for method, _, _ in there.asked if method == "DELETE"])
+    assert 0 < few < 10
+    there.silent.add("DELETE")
+    assert ray.list() == {"live": "live"}
+    assert len([method for method, _, _ in there.asked if method == "DELETE"]) == few + 1, "the next look tries again"
 
 
 def test_a_head_that_is_not_there_is_unknown_and_costs_little():

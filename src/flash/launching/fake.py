@@ -1,7 +1,8 @@
 """A launcher in memory: its "workers" are entries that tests (or a simulation) end when they like.
 
 A full member of the family: idempotent by attempt id, handles never reused, kills that take effect at once or
-only when told (`stubborn`), and a cluster that can be out of reach (`reachable = False`).
+only when told (`stubborn`), a cluster that can be out of reach (`reachable = False`), and launches whose answer is lost
+(`unsure`).
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import itertools
 
 from flash.errors import Unavailable
-from flash.launching.launcher import LaunchRequest, Probe
+from flash.launching.hardware import Device
+from flash.launching.launcher import LaunchRequest, LaunchUnsure, Probe
 
 
 class FakeLauncher:
@@ -22,12 +24,14 @@ class FakeLauncher:
         self.stubborn = stubborn
         self.reachable = True
         self.refusal: Exception | None = None  # raised by the next launches
+        self.unsure: list[bool] = []  # of the next launches, whose answers are lost: whether they were carried out
+        self.described: list[Device] | None = None
 
     def devices(self) -> list[str]:
         return list(self._devices)
 
-    def describe(self) -> None:
-        return None
+    def describe(self) -> list[Device] | None:
+        return self.described
 
     def launch(self, request: LaunchRequest) -> str:
         if self.refusal is not None:
@@ -37,9 +41,13 @@ class FakeLauncher:
         for handle, attempt in self._alive.items():
             if attempt == request.attempt_id:
                 return handle
-        handle = f"fake:{next(self._numbers)}"
-        self._alive[handle] = request.attempt_id
-        self.requests[request.attempt_id] = request
+        lost = self.unsure.pop(0) if self.unsure else None
+        if lost is not False:
+            handle = f"fake:{next(self._numbers)}"
+            self._alive[handle] = request.attempt_id
+            self.requests[request.attempt_id] = request
+        if lost is not None:
+            raise LaunchUnsure("the launcher's answer was lost")
         return handle
 
     def probe(self, handle: str) -> Probe:

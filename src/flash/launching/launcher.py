@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
 
+from flash.errors import Unavailable
 from flash.launching.hardware import Device
 
 
@@ -42,16 +43,24 @@ class Probe(StrEnum):
     UNKNOWN = "unknown"  # can't tell now (cluster unreachable); the device is not free
 
 
+class LaunchUnsure(Unavailable):
+    """The worker may have been started and may yet be: `list` will tell."""
+
+
 class Launcher(Protocol):
     def devices(self) -> list[str]:
         """What this launcher can place workers on, e.g. ["cpu"] or ["cuda:0", "cuda:1"]; who may share one is
         the control plane's to say."""
 
     def describe(self) -> list[Device] | None:
-        """What is known of its devices, those of which nothing is left out. None: they are this machine's."""
+        """What is known of its devices, those of which nothing is left out. None: they are this machine's.
+
+        For planning: also devices that get no worker just now are among them.
+        """
 
     def launch(self, request: LaunchRequest) -> str:
-        """Starts a worker and returns its handle. Idempotent by its id."""
+        """Starts a worker and returns its handle. Idempotent by its id. Raises LaunchUnsure where it can't tell
+        whether it did; after any other error there is no worker."""
 
     def probe(self, handle: str) -> Probe: ...
 

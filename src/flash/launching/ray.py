@@ -18,6 +18,7 @@ its worker has ended with its node's raylet, or has been told by the control pla
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shlex
@@ -31,7 +32,7 @@ import httpx
 
 from flash.errors import FlashError, NotFound, Unauthorized, Unavailable
 from flash.launching.hardware import Device
-from flash.launching.launcher import LaunchRequest, Probe
+from flash.launching.launcher import LaunchRequest, LaunchUnsure, Probe
 
 log = logging.getLogger("flash.ray")
 
@@ -46,8 +47,10 @@ _FRESH_S = 1.0  # how old an answer may be
 _REFUSED_S = 2.0  # how long a failure stands for the next requests
 _SUSPECT_S = 30.0  # how long a node gets no worker after it lost one; Ray's own limit for its death is less
 _HARDWARE_S = 60.0  # GPUs do not change while their node lives
+_DESCRIBED_S = 3600.0  # how long what was there is planned with while the head is away, or no node is there
+_CHECK_S = 2.0  # for asking after a launch whose answer is lost
 _KEPT_S = 3600.0  # how long Ray keeps a job that has ended, for whoever wants to read its log
-_SWEPT = 20  # ended jobs removed at once
+_SWEPT = 5  # ended jobs removed at once
 _MIB = 1 << 20
 
 T = TypeVar("T")
@@ -89,8 +92,9 @@ class RayLauncher:
         self._jobs = _Answer(self._ask_jobs)
         self._nodes = _Answer(self._ask_nodes)
         self._gpus = _Answer(self._ask_gpus)
-        self._lost: frozenset[str] = frozenset()  # jobs whose process on the node vanished
-        self._lost_on: dict[str, float] = {}  # by node: when one was last seen to have
+        self._described: tuple[float, list[Device]] = (0.0, [])  # when there were devices last, and which
+        self._lost: frozenset[str] | None = None  # jobs whose process on the node vanished; None: not asked yet
+        self._lost_on: dict[str, float] = {}  # by node: when one was seen to have, of late
         self._missed: dict[str, float] = {}  # handles that the head did not know: since when
 
     def devices(self) -> list[str]:
@@ -98,6 +102,21 @@ class RayLauncher:
         return [slot.name for slot in self._open_slots()]
 
     def describe(self) -> list[Device]:
+        """Of all living nodes. Where there is none, or the head is away, what there was within the last hour."""
+        now = time.monotonic()
+        seen, before = self._described
+        kept = before if now - seen < _DESCRIBED_S else []
+        try:
+            found = self._describe()
+        except FlashError:
+            if kept:
+                return kept
+            raise
+        if found:
+            self._described = (now, found)
+        return found or kept
+
+    def _describe(self) -> list[Device]:
         slots = self._slots()
         gpus = self._gpus.get(_HARDWARE_S) if any(slot.gpu for slot in slots) else {}
         found = []
@@ -113,11 +132,26 @@ class RayLauncher:
         if slot is None:
             raise Unavailable(f"the node of {request.device} is gone")
         handle = request.attempt_id
-        answer = self._send("POST", "/api/jobs/", json=self._job(request, slot))
-        self._jobs.forget()  # what was heard before does not know this one
+        try:
+            answer = self._send("POST", "/api/jobs/", json=self._job(request, slot))
+        except Unavailable as error:
+            if self._has(handle):
+                return handle
+            raise LaunchUnsure(error.message, remedy=error.remedy) from None
+        finally:
+            self._jobs.forget()  # what was heard before does not know this one
         if answer.is_success or "already exists" in answer.text:
             return handle
+        if answer.status_code >= 500 and self._has(handle):
+            return handle
         raise self._refusal(answer)
+
+    def _has(self, handle: str) -> bool:
+        """Whether the head says that it has this job; a head that does not answer in time says no."""
+        try:
+            return self._send("GET", f"/api/jobs/{handle}", timeout=_CHECK_S).is_success
+        except Unavailable:
+            return False
 
     def probe(self, handle: str) -> Probe:
         try:
@@ -127,8 +161,10 @@ class RayLauncher:
         if job is not None:
             self._missed.pop(handle, None)
             return Probe.DEAD if job["status"] in _TERMINAL else Probe.ALIVE
-        since = self._missed.setdefault(handle, time.monotonic())
-        if time.monotonic() - since < self._lost_s:
+        now = time.monotonic()
+        since = self._missed.setdefault(handle, now)
+        if now - since < self._lost_s:
+            self._missed = {each: then for each, then in self._missed.items() if now - then < self._lost_s + _KEPT_S}
             return Probe.UNKNOWN
         self._missed.pop(handle, None)
         return Probe.DEAD
@@ -197,7 +233,10 @@ class RayLauncher:
                     "worker": str(about.get(_WORKER)),
                     "ended": (job.get("end_time") or 0) / 1000,
                 }
-        self._lost_on |= {node: time.monotonic() for handle, node in lost.items() if handle not in self._lost}
+        now = time.monotonic()
+        known = frozenset(lost) if self._lost is None else self._lost  # at first: when they were lost, nobody can tell
+        late = {node: now for handle, node in lost.items() if handle not in known}
+        self._lost_on = {node: then for node, then in self._lost_on.items() if now - then < _SUSPECT_S} | late
         self._lost = frozenset(lost)
         return found
 
@@ -217,11 +256,12 @@ class RayLauncher:
         return found
 
     def _sweep(self, jobs: dict[str, dict[str, Any]]) -> None:
-        """Ray keeps ended jobs for good; ours go after a while."""
+        """Ray keeps ended jobs for good; ours go after a while, a few with each look, and no look fails for it."""
         before = time.time() - _KEPT_S
         old = [name for name, job in jobs.items() if job["status"] in _TERMINAL and 0 < job["ended"] < before]
-        for handle in old[:_SWEPT]:
-            self._send("DELETE", f"/api/jobs/{handle}")
+        with contextlib.suppress(FlashError):
+            for handle in old[:_SWEPT]:
+                self._send("DELETE", f"/api/jobs/{handle}")
 
     # --- HTTP --------------------------------------------------------------------------------------------------
 
