@@ -233,6 +233,48 @@ def test_a_launch_that_fails_is_a_lost_attempt(world):
     assert "no room" in status["attempts"][0]["message"]
 
 
+@pytest.mark.parametrize("started", [True, False])
+def test_a_launch_whose_answer_is_lost_is_neither_doubled_nor_given_up(world, started):
+    world.launcher.unsure = [started]
+    run_id = world.submit()
+    world.settle()
+    if started:
+        worker = world.worker(run_id)
+        worker.claim()
+    world.settle()
+    if not started:
+        worker = world.worker(run_id)
+        worker.claim()
+    assert worker.beat().status_code == 200
+    status = world.status(run_id)
+    assert (status["state"], len(status["attempts"]), len(world.launcher.list())) == ("running", 1, 1)
+
+
+def test_a_launch_that_arrives_late_has_the_token_of_the_one_after_it(world):
+    world.launcher.unsure = [False, True]
+    run_id = world.submit()
+    world.settle()
+    with world.plane.database.read() as connection:
+        before = runs.get_attempt(connection, run_id, 1).token_sha256
+    world.settle()
+    with world.plane.database.read() as connection:
+        assert runs.get_attempt(connection, run_id, 1).token_sha256 == before
+    world.worker(run_id).claim()
+
+
+@pytest.mark.parametrize("world", [{"claim_timeout_s": 60.0}], indirect=True)
+def test_launches_whose_answers_are_always_lost_end_the_attempt_in_time(world):
+    world.launcher.unsure = [False] * 4
+    run_id = world.submit()
+    for _ in range(4):
+        world.settle()
+        assert len(world.status(run_id)["attempts"]) == 1
+    world.clock.now += 61.0
+    world.settle()
+    first, second = world.status(run_id)["attempts"]
+    assert "did not report" in first["message"] and second["state"] == "launching"
+
+
 # --- restarts ---------------------------------------------------------------------------------------
 
 

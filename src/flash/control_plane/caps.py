@@ -12,14 +12,22 @@ from typing import Any
 from sqlalchemy import Connection
 
 from flash.control_plane.estimating import cost_usd, estimated_usd
-from flash.errors import BudgetSpent, CapReached
+from flash.errors import BudgetSpent, CapReached, Unavailable
 from flash.storage import runs
 from flash.storage.identity import Caller
 
 
-def check_caps(connection: Connection, caller: Caller, *, estimate: Mapping[str, Any] | None, gpus: int) -> None:
-    """Raises CapReached or BudgetSpent if one more run of this estimate is more than the caller's key may have."""
+def check_caps(connection: Connection, caller: Caller, *, estimate: Mapping[str, Any] | None, gpus: int | None) -> None:
+    """Raises CapReached or BudgetSpent if one more run of this estimate is more than the caller's key may have.
+
+    Unavailable, if that can't be told now, as nothing is known of any device (`gpus` is None).
+    """
     caps = caller.caps
+    if gpus is None and (caps.max_gpus is not None or caps.max_usd is not None):
+        raise Unavailable(
+            f"the key {caller.name!r} has a cap, and what this run would take can't be told: no device is known now",
+            remedy="try again when the server reaches its workers' machines",
+        )
     if caps.max_runs is not None or caps.max_gpus is not None:
         open_runs, used = runs.under_way(connection, key_id=caller.key_id)
         if caps.max_runs is not None and open_runs >= caps.max_runs:
@@ -27,7 +35,7 @@ def check_caps(connection: Connection, caller: Caller, *, estimate: Mapping[str,
                 f"the key {caller.name!r} may have {caps.max_runs} run(s) under way and has {open_runs}",
                 remedy="wait for one to end, cancel one, or ask an admin",
             )
-        if caps.max_gpus is not None and used + gpus > caps.max_gpus:
+        if caps.max_gpus is not None and gpus is not None and used + gpus > caps.max_gpus:
             raise CapReached(
                 f"the key {caller.name!r} may use {caps.max_gpus} GPU(s); its runs use {used}, this one needs {gpus}",
                 remedy="wait for one to end, cancel one, or ask an admin",

@@ -8,7 +8,7 @@ runs and engines from one queue; `Engines` looks and acts for them. An engine is
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,21 +166,26 @@ def shares(device: str, settings: ServerSettings) -> bool:
 
 
 def yielding(
-    engines_: Iterable[EngineSnapshot], waiting: Mapping[str, bool], settings: ServerSettings
+    engines_: Iterable[EngineSnapshot],
+    waiting: Mapping[str, bool],
+    settings: ServerSettings,
+    fits: Callable[[str, str], bool],
 ) -> list[DrainEngine]:
     """Idle engines that leave their devices to what waits.
 
     `waiting` has what found no device, in the queue's order: its id, and whether it is an engine (which any
-    engine is in the way of, while a run is in the way of engines only on devices that they can't share).
+    engine is in the way of, while a run is in the way of engines only on devices that they can't share). `fits(id,
+    device)`: whether it would have room there.
     """
     live = [engine for engine in engines_ if engine.device is not None]
     leaving = [engine for engine in live if engine.state in (EngineState.DRAINING, EngineState.ENDING)]
     idle = [e for e in live if e.state is EngineState.READY and e.unused_s >= settings.engine_yield_s]
     idle.sort(key=lambda engine: -engine.unused_s)
     asked: list[DrainEngine] = []
-    for is_engine in waiting.values():
+    for name, is_engine in waiting.items():
         for pool in (leaving, idle):
-            fitting = [e for e in pool if e.device is not None and (is_engine or not shares(e.device, settings))]
+            usable = [e for e in pool if e.device is not None and (is_engine or not shares(e.device, settings))]
+            fitting = [e for e in usable if fits(name, e.device or "")]
             if fitting:
                 pool.remove(fitting[0])
                 if pool is idle:
@@ -342,9 +347,14 @@ def hello(plane: Services, row: engines.EngineRow, token: str) -> EngineHello:
 
 
 def _vllm_python(settings: ServerSettings, device: str) -> str | None:
-    """vLLM's interpreter where it is to serve: on GPUs if it is installed, elsewhere only if asked for."""
+    """vLLM's interpreter where it is to serve: on GPUs if it is installed, elsewhere only if asked for.
+
+    On a cluster the setting itself: a node looks for its own (`launching.ray_entry`).
+    """
     if settings.engine == "flash" or (settings.engine == "auto" and not device.startswith("cuda")):
         return None
+    if settings.launcher == "ray":
+        return settings.engine
     installed = find_engine(settings.home)
     if installed is None and settings.engine == "vllm":
         raise Unavailable("engine = vllm, which is not installed", remedy="run `flash engine install vllm`")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import platform
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 from flash.artifacts.manifests import environment_key
 from flash.catalog.catalog import ModelEntry
 from flash.catalog.cost import Dataset, check_fit, estimate
-from flash.catalog.fit import fits, fitted, most_tokens
+from flash.catalog.fit import Kind, fits, fitted, memory_needed, most_tokens
 from flash.catalog.hardware import HardwareClass, cpu_class, gpu_like
 from flash.config.run import RunSpec
 from flash.control_plane.services import Services
@@ -27,6 +27,8 @@ from flash.errors import FlashError, ModelError
 from flash.launching.hardware import Device, apple_devices, cpu_device, cuda_devices
 from flash.storage.runs import PricedRow
 
+NEEDS = "needs"  # of a run's estimate: bytes of memory that it takes with its micro-batch, by kind of device
+_KINDS: tuple[Kind, ...] = ("gpu", "cpu")
 _LARGEST_PACKAGE = 8 << 20  # bytes of an archive that a submit opens to count its rows
 
 
@@ -37,19 +39,19 @@ class Planned:
     spec: RunSpec
     estimate: dict[str, Any] | None
     wall_clock_limit_s: float
-    gpus: int
+    gpus: int | None  # that it takes; None: nothing is known of any device just now
 
 
 def reachable(plane: Services) -> list[tuple[str, HardwareClass]]:
     """Each device of the launcher with what is known of it; devices of which nothing is are left out."""
-    names, far = _devices(plane), _described(plane)
-    known = _local_devices() if far is None else far
-    found = []
-    for name in names:
-        device = known.get("cpu" if far is None and name.startswith("cpu") else name)
-        if device is not None:
-            found.append((name, _priced(_class_of(device), plane.settings.usd_per_hour)))
-    return found
+    far = _described(plane)
+    if far is None:
+        local = _local_devices()
+        found = [(name, local.get("cpu" if name.startswith("cpu") else name)) for name in _devices(plane)]
+    else:  # whatever it would not place anything on just now: what is to be planned for will run later
+        found = [(device.name, device) for device in far]
+    prices = plane.settings.usd_per_hour
+    return [(name, _priced(_class_of(device), prices)) for name, device in found if device is not None]
 
 
 def _devices(plane: Services) -> list[str]:
@@ -59,13 +61,12 @@ def _devices(plane: Services) -> list[str]:
         return []
 
 
-def _described(plane: Services) -> dict[str, Device] | None:
-    """By name what the launcher says of its own devices. None: they are this machine's."""
+def _described(plane: Services) -> list[Device] | None:
+    """What the launcher says of its own devices. None: they are this machine's."""
     try:
-        found = plane.launcher.describe()
+        return plane.launcher.describe()
     except FlashError:
-        return {}
-    return None if found is None else {device.name: device for device in found}
+        return []
 
 
 def _priced(hardware: HardwareClass, prices: Mapping[str, float]) -> HardwareClass:
@@ -96,24 +97,28 @@ def plan_run(plane: Services, spec: RunSpec, entry: ModelEntry, size: SplitSize 
     """
     settings = plane.settings
     unknown = max(settings.wall_clock_min_s, settings.wall_clock_unknown_s)
-    classes = [hardware for _, hardware in reachable(plane)]
+    known = reachable(plane)
+    classes = [hardware for _, hardware in known]
+    gpus = _gpus([*(name for name, _ in known), *_devices(plane)])
     try:
         check_fit(spec, entry, classes)
     except ModelError:
-        return Planned(spec, None, unknown, _gpus(plane))
+        return Planned(spec, None, unknown, gpus)
     fitting = [hardware for hardware in classes if fits(spec, entry, hardware)]
     if not fitting:
-        return Planned(spec, None, unknown, _gpus(plane))
+        return Planned(spec, None, unknown, gpus)
     found = estimate(spec, entry, min(fitting, key=lambda hardware: hardware.flops), _dataset(size, spec, entry))
     limit = max(settings.wall_clock_min_s, settings.wall_clock_factor * found.limit_base_s)
     if spec.algorithm == "sft" and size is None and not (spec.train.max_examples or spec.train.max_steps):
         limit = max(limit, unknown)  # rows made in code: nobody knows how many
-    return Planned(_sized(spec, entry, fitting), found.document(), limit, _gpus(plane))
+    sized = _sized(spec, entry, fitting)
+    needs = {kind: memory_needed(sized, entry, kind).total for kind in _KINDS}
+    return Planned(sized, {**found.document(), NEEDS: needs}, limit, gpus)
 
 
-def _gpus(plane: Services) -> int:
-    """How many a run takes: one, where there are others than processors."""
-    return int(any(not name.startswith("cpu") for name in _devices(plane)))
+def _gpus(names: Sequence[str]) -> int | None:
+    """How many a run takes: one, where there are others than processors. None: there is nothing to tell by."""
+    return int(any(not name.startswith("cpu") for name in names)) if names else None
 
 
 def _sized(spec: RunSpec, entry: ModelEntry, classes: list[HardwareClass]) -> RunSpec:

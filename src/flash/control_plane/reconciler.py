@@ -10,13 +10,14 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter, deque
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
+from flash.catalog.hardware import HardwareClass
 from flash.control_plane.cleaning import Cleaner
 from flash.control_plane.engines import (
     EngineAction,
@@ -29,6 +30,7 @@ from flash.control_plane.engines import (
     watch,
     yielding,
 )
+from flash.control_plane.estimating import NEEDS, reachable
 from flash.control_plane.queueing import fair_order
 from flash.control_plane.salvaging import salvage
 from flash.control_plane.services import Services
@@ -36,7 +38,7 @@ from flash.control_plane.settings import ServerSettings
 from flash.control_plane.status import FAILURE_WORDS, backoff_left
 from flash.errors import FlashError
 from flash.failpoints import failpoint
-from flash.launching.launcher import LaunchRequest, Probe
+from flash.launching.launcher import LaunchRequest, LaunchUnsure, Probe
 from flash.records import AttemptState, EngineState, FailureKind, Phase, RunState
 from flash.storage import engines, identity, runs
 from flash.storage import shares as org_shares
@@ -91,6 +93,8 @@ class RunSnapshot:
     org: str = ""
     priority: int = 0
     created_at: float = 0.0  # wall clock; with org and priority its place in the queue
+    gpus: int = 0  # that it was planned for
+    needs: Mapping[str, int] = field(default_factory=dict, hash=False)  # bytes by kind of device; empty: unknown
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,7 @@ class Snapshot:
     engines: tuple[EngineSnapshot, ...] = ()  # live ones, oldest first
     listed: bool = True  # False: the launcher could not say what lives
     orgs: Mapping[str, Standing] = field(default_factory=dict, hash=False)  # those not named: of the usual weight
+    hardware: Mapping[str, HardwareClass] = field(default_factory=dict, hash=False)  # what is known of devices
 
 
 # --- what decide says ---------------------------------------------------------------------------------
@@ -221,7 +226,7 @@ def _watch(
         if attempt.found is not None:
             return [Adopt(run.run_id, attempt.epoch, attempt.found)]
         if attempt.state is AttemptState.LAUNCHING and run.desired == "run" and not run.state.terminal:
-            return [Launch(run.run_id, attempt.epoch, attempt.device)]
+            return [_overdue(run, attempt, settings) or Launch(run.run_id, attempt.epoch, attempt.device)]
         if attempt.state is not AttemptState.RUNNING:
             return [ConfirmDead(run.run_id, attempt.epoch)]
     elif attempt.probe is Probe.DEAD:
@@ -334,21 +339,32 @@ def _place(snapshot: Snapshot, judged: set[str], now: float, settings: ServerSet
     """Gives free devices to what waits, runs and engines alike, in their order; a run in back-off holds no one up.
 
     Where nothing is free, idle engines are asked to leave.
+
+    A run that fits none of the free devices lets those behind it start, and keeps its place: it gets the next device
+    that it fits, at its turn. Where a younger run of another org has got one before it, the runs behind it of its own
+    org wait with it, since each that starts puts off their org's turn, and so this run, for good. What fits no device
+    that there is stays queued until one comes.
     """
+    by_id = {run.run_id: run for run in snapshot.runs}
     runs_on = {attempt.device: run for run in snapshot.runs for attempt in run.attempts if attempt.live}
     engines_on = {engine.device: engine for engine in snapshot.engines if engine.device is not None}
     waiting: dict[str, bool] = {}  # what found no device, and whether it is an engine
+    held_back: set[str] = set()  # orgs that start nothing more now
     actions: list[Action] = []
     for item in _queue(snapshot, judged, runs_on, engines_on, now, settings):
         if isinstance(item, RunSnapshot):
-            device = _free(snapshot.devices, runs_on, engines_on, settings)
+            device = _best(item, _free(snapshot.devices, runs_on, engines_on, settings), snapshot.hardware)
             if device is None:
                 waiting[item.run_id] = False
+                if _overtaken(item, runs_on, snapshot.hardware):
+                    held_back.add(item.org)
+                continue
+            if item.org in held_back:
                 continue
             runs_on[device] = item
             actions.append(StartAttempt(item.run_id, item.attempts[-1].epoch + 1 if item.attempts else 1, device))
         else:
-            device = _free(snapshot.devices, engines_on, runs_on, settings)
+            device = next(iter(_free(snapshot.devices, engines_on, runs_on, settings)), None)
             if device is None:
                 waiting[item.engine_id] = True
                 continue
@@ -358,17 +374,45 @@ def _place(snapshot: Snapshot, judged: set[str], now: float, settings: ServerSet
     for engine in snapshot.engines:
         if waiting.get(engine.engine_id) and engine.reason != reason:
             actions.append(NoteWait(engine.engine_id, reason))
-    return [*actions, *yielding(snapshot.engines, waiting, settings)]
+
+    def fits(name: str, device: str) -> bool:
+        return name not in by_id or _fits(by_id[name], device, snapshot.hardware)
+
+    return [*actions, *yielding(snapshot.engines, waiting, settings, fits)]
 
 
 def _free(
     devices: tuple[str, ...], own_kind: Container[str], other_kind: Container[str], settings: ServerSettings
-) -> str | None:
-    """The first device that holds none of the same kind, and none of the other that it can't be shared with."""
-    for name in devices:
-        if name not in own_kind and (shares(name, settings) or name not in other_kind):
-            return name
-    return None
+) -> list[str]:
+    """The devices that hold none of the same kind, and none of the other that they can't be shared with."""
+    return [name for name in devices if name not in own_kind and (shares(name, settings) or name not in other_kind)]
+
+
+def _best(run: RunSnapshot, free: Sequence[str], hardware: Mapping[str, HardwareClass]) -> str | None:
+    """The smallest of the free devices that the run fits, of GPUs first if it was planned for one.
+
+    Larger ones are left to runs that fit no other. Where nobody knows what it needs, or has, it is the first.
+    """
+
+    def rank(device: str) -> tuple[bool, int]:
+        known = hardware.get(device) if run.needs else None
+        return run.gpus > 0 and device.startswith("cpu"), known.memory if known else 0
+
+    return min((device for device in free if _fits(run, device, hardware)), key=rank, default=None)
+
+
+def _fits(run: RunSnapshot, device: str, hardware: Mapping[str, HardwareClass]) -> bool:
+    """False only where it is known."""
+    known = hardware.get(device)
+    return known is None or run.needs.get(known.kind, 0) <= known.memory
+
+
+def _overtaken(run: RunSnapshot, runs_on: Mapping[str, RunSnapshot], hardware: Mapping[str, HardwareClass]) -> bool:
+    """Whether another org's younger run has a device that this one would fit."""
+    return any(
+        other.org != run.org and other.created_at > run.created_at and _fits(run, device, hardware)
+        for device, other in runs_on.items()
+    )
 
 
 def _queue(
@@ -429,6 +473,7 @@ class Reconciler:
         self._cleaner = Cleaner(plane)
         self._engines = Engines(plane)
         self._trouble: str | None = None  # with the launcher, as last told
+        self._unsure: dict[str, str] = {}  # tokens of attempts of which it is not known whether they were launched
 
     def start(self) -> None:
         self._plane.lead.start(on_change=self._plane.wake.set)
@@ -510,6 +555,8 @@ class Reconciler:
                     org=run.org_id,
                     priority=run.priority,
                     created_at=run.created_at,
+                    gpus=run.gpus,
+                    needs=(run.estimate or {}).get(NEEDS, {}),
                 )
             )
         hosts = tuple(
@@ -523,7 +570,11 @@ class Reconciler:
             if attempt_id not in expected
         )
         plane.stopwatches.keep_only({*expected, *(orphan.attempt_id for orphan in orphans)})
-        return Snapshot(tuple(seen), devices, orphans, hosts, listed=listed is not None, orgs=orgs)
+        self._unsure = {worker: token for worker, token in self._unsure.items() if worker in expected}
+        hardware = dict(reachable(plane)) if devices else {}
+        return Snapshot(
+            tuple(seen), devices, orphans, hosts, listed=listed is not None, orgs=orgs, hardware=hardware
+        )
 
     def _ask_launcher(self) -> tuple[dict[str, str] | None, tuple[str, ...]]:
         """What lives by its id (None: it can't be told), and the devices; trouble there must not stop a look."""
@@ -665,9 +716,14 @@ class Reconciler:
         return created and self._launch(Launch(action.run_id, action.epoch, action.device))
 
     def _launch(self, action: Launch) -> bool:
-        """Gives the attempt a fresh token and starts its worker; a launch that fails ends the attempt."""
+        """Gives the attempt a fresh token and starts its worker; a launch that fails ends the attempt.
+
+        Where that can't be told, the next look does: it finds the worker, or launches again, with the same token,
+        since the first launch may be carried out yet. `claim_timeout_s` bounds it.
+        """
         plane = self._plane
-        token = identity.new_token(identity.ATTEMPT_PREFIX)
+        worker = runs.attempt_id(action.run_id, action.epoch)
+        token = self._unsure.pop(worker, None) or identity.new_token(identity.ATTEMPT_PREFIX)
         sha256 = identity.fingerprint(token)
         with plane.database.write() as connection:
             if not runs.issue_token(connection, action.run_id, action.epoch, token_sha256=sha256):
@@ -683,6 +739,10 @@ class Reconciler:
         try:
             handle = plane.launcher.launch(request)
             failpoint("server.launched")
+        except LaunchUnsure as error:
+            log.warning("%s may have been launched or not: %s", worker, error)
+            self._unsure[worker] = token
+            return False
         except (FlashError, OSError) as error:
             failure = FailureKind.INFRASTRUCTURE
             return self.apply(ConfirmDead(action.run_id, action.epoch, failure, f"launching failed: {error}"))
