@@ -8,7 +8,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tests.end_to_end.test_walking_path import Machine, until
+from tests.end_to_end.test_walking_path import Machine
+from torture.machine import wait_for
 
 
 def commands(machine: Machine, attempt_id: str) -> str:
@@ -29,8 +30,8 @@ def test_forked_or_afresh_the_adapter_is_the_same(tmp_path: Path) -> None:
         try:
             machine.flash("env", "push", "--name", "echo", "echo")
             run_id = json.loads(machine.flash("train", "echo.toml", "--background", "--json"))["run_id"]
-            until(lambda machine=machine, run_id=run_id: commands(machine, f"{run_id}.1"))
-            assert program in commands(machine, f"{run_id}.1")
+            seen = wait_for(lambda machine=machine, run_id=run_id: commands(machine, f"{run_id}.1"), 180)
+            assert program in seen
             machine.flash("status", run_id, "-f")
             copy = tmp_path / f"copy-{preload}"
             machine.flash("export", "--adapter-id", run_id, "--output", copy)

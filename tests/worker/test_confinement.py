@@ -208,9 +208,12 @@ def test_a_run_of_a_real_server_learns_nothing(python: str, killed: bool):
     shared = Path(tempfile.mkdtemp(prefix="flash-shared-"))
     shared.chmod(0o755)  # nothing above the server's home keeps anybody out
     command = (python, "-P", "-m", "flash.control_plane.main")
-    machine = Machine(shared / "home", command=command, FLASH_SERVER_HOST_USER=USER)
+    hold = shared / "hold"
+    held = {"FLASH_FAILPOINTS": "trainer.step:6", "FLASH_FAILPOINTS_HOLD": str(hold)} if killed else {}
+    machine = Machine(shared / "home", command=command, FLASH_SERVER_HOST_USER=USER, **held)
     home = machine.home
     try:
+        hold.touch()
         machine.start()
         server = json.loads((home / "server.json").read_text())["pid"]
         paths = [
@@ -218,7 +221,7 @@ def test_a_run_of_a_real_server_learns_nothing(python: str, killed: bool):
             home / "artifacts", home / "logs" / "server.log", f"/proc/{server}/environ", f"/proc/{server}/fd",
         ]  # fmt: skip
         machine.push(ENVIRONMENT)
-        train = {"epochs": 1000, "max_steps": 40 if killed else 4, "save_every": 2, "batch_size": 2, "lora_rank": 4}
+        train = {"epochs": 1000, "max_steps": 8 if killed else 4, "save_every": 2, "batch_size": 2, "lora_rank": 4}
         config = {
             "model": "flash/nano", "train": {**train, "max_length": 2048},
             "environment": {
@@ -230,6 +233,7 @@ def test_a_run_of_a_real_server_learns_nothing(python: str, killed: bool):
         if killed:
             wait_for(lambda: machine.status(run_id)["checkpoints"], 150)
             machine.processes(run_id, "flash.worker.supervisor")[0].kill()
+            hold.unlink()
         status = machine.ended(run_id, 250)
         assert status["state"] == "done", status["summary"]
         wait_for(lambda: not list(Path(tempfile.gettempdir()).glob(f"flash-host-{run_id}.*")), 60)
