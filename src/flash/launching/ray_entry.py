@@ -1,10 +1,10 @@
 """What a Ray job runs: it gets a worker's start line from the control plane, starts the worker, and outlives it.
 
 `python -P -m flash.launching.ray_entry --kind attempt|engine --id ID --plane URL [--cpus N]`, with the ticket in
-`FLASH_LAUNCH_TICKET`. Owns what is a node's own: the work folder (below `FLASH_HOME`, gone with the job), the device in
-sight, the address that an engine serves on. Its end means that no process of the worker is left; so it ends them all
-when the worker ends, when Ray stops the job, and when the node's raylet is gone, which Ray itself would leave them to
-survive. What the worker prints is the job's log.
+`FLASH_LAUNCH_TICKET`. Owns what is a node's own: the work folder (below `FLASH_HOME`, gone with the job, or with the
+next one if this was killed), the device in sight, the address that an engine serves on, its vLLM. Its end means that no
+process of the worker is left; so it ends them all when the worker ends, when Ray stops the job, and when the node's
+raylet is gone, which Ray itself would leave them to survive. What the worker prints is the job's log.
 
 Exit status: the worker's · 3 the ticket is refused · 4 the plane can't be reached · 75 the node's
 raylet is gone · 143 stopped.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -32,6 +33,7 @@ import httpx
 import psutil
 
 from flash.catalog.catalog import flash_home
+from flash.client.engines import find_engine
 from flash.launching.accounts import remove_quarters
 from flash.launching.lineage import adopt_orphans, alive, ancestors, die_with
 from flash.launching.local import ENGINE_HOST, MARK, SUPERVISOR, WITHHELD
@@ -41,7 +43,9 @@ REFUSED, UNREACHABLE, STOPPED = 3, 4, 143
 _SETTINGS = "FLASH_WORKER_SETTINGS"
 _PATIENCE_S = 60.0  # for a control plane that is being restarted
 _LOOK_S = 0.5
+_FLUSH_S = 2.0  # for a worker that is asked to stop; Ray gives three seconds in all
 _RAYLET = "raylet"
+_HELD = ".entry"  # a work folder's file that is locked as long as its entry or its worker lives
 
 
 class Entry:
@@ -54,6 +58,7 @@ class Entry:
         self._plane = plane
         self._cpus = cpus
         self._work_dir = flash_home() / "work" / worker_id
+        self._child: subprocess.Popen[bytes] | None = None
         self._ending = threading.Lock()
 
     def run(self, ticket: str) -> NoReturn:
@@ -64,9 +69,9 @@ class Entry:
         if above:  # by hand there is none
             threading.Thread(target=self._watch, args=(above,), daemon=True).start()
         hello = self._hello(ticket)
-        shutil.rmtree(self._work_dir, ignore_errors=True)
-        self._work_dir.mkdir(parents=True, mode=0o700)
-        status = self._worker(hello).wait()
+        remove_leftovers(self._work_dir.parent)
+        self._child = self._worker(hello, _new_folder(self._work_dir))
+        status = self._child.wait()
         self._end(status if status >= 0 else 128 - status)
 
     def _hello(self, ticket: str) -> dict[str, Any]:
@@ -93,9 +98,10 @@ class Entry:
         if self._kind == "engine":
             own |= {"cache_dir": str(flash_home() / "cache"), "bind": _address_towards(self._plane)}
             own["threads"] = own["threads"] or self._cpus or 0
+            own["vllm_python"] = _vllm_python(own["vllm_python"])
         return own
 
-    def _worker(self, hello: dict[str, Any]) -> subprocess.Popen[bytes]:
+    def _worker(self, hello: dict[str, Any], held: int) -> subprocess.Popen[bytes]:
         parent = os.getpid()
         child = subprocess.Popen(
             self._command,
@@ -103,6 +109,7 @@ class Entry:
             cwd=self._work_dir,
             env=worker_environment(dict(os.environ), self._id, self._cpus),
             start_new_session=True,
+            pass_fds=(held,),
             preexec_fn=lambda: die_with(parent),
         )
         assert child.stdin is not None
@@ -118,15 +125,20 @@ class Entry:
 
     def _end_in_background(self, status: int) -> None:
         """From a signal handler: the main thread may be anywhere."""
-        threading.Thread(target=self._end, args=(status,), daemon=True).start()
+        threading.Thread(target=self._end, args=(status, _FLUSH_S), daemon=True).start()
 
     def _give_up(self, words: str, status: int) -> NoReturn:
         print(words, file=sys.stderr, flush=True)
         self._end(status)
 
-    def _end(self, status: int) -> NoReturn:
-        """Only when nothing of the worker is left, unless it can't be killed."""
+    def _end(self, status: int, patience_s: float = 0.0) -> NoReturn:
+        """Only when nothing of the worker is left, unless it can't be killed. With patience it is asked first, so
+        that it brings away what it has."""
         self._ending.acquire()  # whoever comes later waits for the exit
+        if self._child is not None and patience_s:
+            self._child.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._child.wait(patience_s)
         deadline = time.monotonic() + 10
         while (left := psutil.Process().children(recursive=True)) and time.monotonic() < deadline:
             for process in left:
@@ -137,6 +149,36 @@ class Entry:
         remove_quarters(self._id)
         sys.stderr.flush()
         os._exit(status)
+
+
+def remove_leftovers(root: Path) -> None:
+    """Folders of entries below `root` that were killed, and of whose workers nothing lives."""
+    for file in root.glob(f"*/{_HELD}"):
+        with contextlib.suppress(OSError), file.open() as held:  # a lock that someone holds is an error, too
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(file.parent, ignore_errors=True)
+            remove_quarters(file.parent.name)
+
+
+def _new_folder(folder: Path) -> int:
+    """Makes it, empty; gives the descriptor that holds it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, mode=0o700)
+    draft = folder / f"{_HELD}.draft"
+    held = os.open(draft, os.O_CREAT | os.O_WRONLY, 0o600)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    draft.rename(folder / _HELD)  # only now, when it is locked, is it one that others look at
+    return held
+
+
+def _vllm_python(wish: str | None) -> str | None:
+    """vLLM's interpreter on this node, if `wish` is "auto" or "vllm". Of one that has to be there and is not, the
+    engine's host tells where it was looked for."""
+    if wish is None:
+        return None
+    found = find_engine(flash_home())
+    missing = str(flash_home() / "engines" / "vllm" / "bin" / "python") if wish == "vllm" else None
+    return missing if found is None else str(found.python)
 
 
 def worker_environment(inherited: dict[str, str], worker_id: str, cpus: int | None) -> dict[str, str]:
