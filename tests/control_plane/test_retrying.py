@@ -63,6 +63,28 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(world):
     assert retry(world, source).json()["step"] == 2
 
 
+def without_state(world, run_id: str, *steps: int) -> None:
+    with world.plane.database.write() as connection:
+        runs.forget_state(connection, run_id, steps)
+
+
+def test_what_has_lost_its_state_is_not_silently_begun_again(world):
+    source = failed(world, 2, 4)
+    without_state(world, source, 2, 4)
+    refused = retry(world, source)
+    assert refused.status_code == 409
+    said = f'train.init_from_adapter = "{source}/step-4"'
+    assert said in refused.json()["error"]["remedy"]
+    assert said in world.status(source)["next"] and "flash retry" not in world.status(source)["next"]
+
+
+def test_the_newest_checkpoint_with_state_is_the_one_that_is_promised_and_taken(world):
+    source = failed(world, 2, 4)
+    without_state(world, source, 4)
+    assert f"goes on from {source}/step-2" in world.status(source)["next"]
+    assert retry(world, source).json()["step"] == 2
+
+
 def test_a_run_without_checkpoints_is_started_again_from_what_it_started_from(world):
     done, worker = world.started()
     worker.save(3, final=True)

@@ -93,10 +93,27 @@ LOST = attempt(state=AttemptState.ENDED, failure=FailureKind.INFRASTRUCTURE, mes
             f"{RUN_ID}/step-5",
         ),
         (words(run(RunState.CANCELLED)), "cancelled", "flash retry"),
+        (
+            words(run(RunState.DONE, step=9, collected_at=86400.0)),
+            "done after 9 steps",
+            "removed on 1970-01-02, by the server's keep_files_days",
+        ),
+        (
+            words(run(RunState.FAILED, collected_at=86400.0, ttl_s=5.0)),
+            "failed",
+            "removed on 1970-01-02, as `flash keep --days` asked",
+        ),
     ],
 )
 def test_each_situation_is_told_in_words(said: tuple[str, str], summary: str, following: str):
     assert summary in said[0] and following in said[1]
+
+
+@pytest.mark.parametrize("state", [RunState.DONE, RunState.FAILED, RunState.CANCELLED])
+def test_nothing_is_promised_of_files_that_are_gone(state: RunState):
+    _, following = words(run(state, collected_at=86400.0))
+    assert "submit its config again" in following
+    assert not any(command in following for command in ("flash deploy", "flash export", "flash retry"))
 
 
 @pytest.mark.parametrize("phase", list(Phase))

@@ -152,12 +152,13 @@ class Keeping(RuleBasedStateMachine):
     def retry(self, data: st.DataObject) -> None:
         run = self.any_run(data, RunState.FAILED, RunState.CANCELLED)
         answer = self.team.call(self.key, "POST", f"/api/runs/{run.run_id}/retry", json={})
-        assert answer.status_code == (409 if run.collected else 201), answer.text
-        event(f"a retry: {answer.status_code}")
-        if run.collected:
+        stateless = run.steps > 0 and not run.has_state
+        assert answer.status_code == (409 if run.collected or stateless else 201), answer.text
+        event(f"a retry: {answer.status_code}{', without state' if stateless else ''}")
+        if run.collected or stateless:
             return
         again = self.known(answer.json()["run_id"], source=run.source)
-        if run.steps and run.has_state:
+        if run.steps:
             again.steps = run.steps
             with self.plane.database.read() as connection:
                 [found] = runs.checkpoints_of(connection, again.run_id)
@@ -195,8 +196,10 @@ class Keeping(RuleBasedStateMachine):
     def keep(self, data: st.DataObject, pinned: bool, days: float | None) -> None:
         run = self.any_run(data)
         body = {"pinned": pinned, "days": days}
-        assert self.team.call(self.key, "POST", f"/api/runs/{run.run_id}/keep", json=body).status_code == 200
-        run.pinned, run.ttl_days = pinned, days
+        answer = self.team.call(self.key, "POST", f"/api/runs/{run.run_id}/keep", json=body)
+        assert answer.status_code == (409 if run.collected else 200), answer.text
+        if not run.collected:
+            run.pinned, run.ttl_days = pinned, days
 
     # --- what is left of it ---
 

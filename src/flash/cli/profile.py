@@ -10,8 +10,8 @@ import typer
 
 from flash.cli.connection import connect
 from flash.cli.output import globals_of, note, say, say_json
-from flash.cli.progress import duration
-from flash.errors import InvalidInput
+from flash.cli.progress import duration, events_removed
+from flash.errors import InvalidInput, NotFound
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -34,6 +34,8 @@ def profile(
 
     with connect() as client:
         run = client.run(run_id)
+        if removed := events_removed(run):
+            raise NotFound(f"there is nothing to make a profile of: {removed}")
         found = profiled(run, client.history(run_id, kinds=PROFILED))
     path = output or Path(f"{run.run_id}.trace.json")
     try:

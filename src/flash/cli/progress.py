@@ -5,12 +5,13 @@ Pure: it draws nothing, asks no server and reads no clock.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from flash.records import AttemptState, Event, EventKind, Phase
+from flash.records import AttemptState, Event, EventKind, Phase, RunStatus
 
 RECENT_LINES = 6
 RATE_WINDOW = 30  # steps that the estimate of the time left looks back on
@@ -124,6 +125,14 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def events_removed(run: RunStatus) -> str | None:
+    """When a run's events went and why; None: they are there."""
+    if run.managed.events_removed_at is None:
+        return None
+    day = time.strftime("%Y-%m-%d", time.gmtime(run.managed.events_removed_at))
+    return f"log, metrics and samples of {run.run_id} were removed on {day}, by the server's keep_events_days"
 
 
 def plain_lines(event: Event) -> list[str]:

@@ -11,7 +11,7 @@ import typer
 from flash.cli.connection import connect
 from flash.cli.follow import detaching, exit_unless_done, follow_to_end
 from flash.cli.output import globals_of, note, say, say_json, say_json_line
-from flash.cli.progress import plain_lines, step_text
+from flash.cli.progress import events_removed, plain_lines, step_text
 from flash.records import Event, EventKind, Priority, RunState
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -74,7 +74,9 @@ def log(ctx: typer.Context, run_id: RunId, follow: Follow = False) -> None:
     """
     options = globals_of(ctx)
     with connect() as client:
-        client.run(run_id)  # an unknown run is an error even where it has no events
+        run = client.run(run_id)  # an unknown run is an error even where it has no events
+        if removed := events_removed(run):
+            note(removed)
         with detaching(run_id) if follow else nullcontext():
             for event in client.follow(run_id) if follow else client.history(run_id):
                 if options.json:
@@ -94,13 +96,13 @@ def samples(
 ) -> None:
     """Print the completions that a run recorded."""
     with connect() as client:
-        client.run(run_id)
+        run = client.run(run_id)
         found = list(client.history(run_id, kinds=(EventKind.SAMPLE,)))[-limit:]
     if globals_of(ctx).json:
         say_json({"samples": [{"time": event.time, **event.data} for event in found]})
         return
     if not found:
-        note("no samples recorded")
+        note(events_removed(run) or "no samples recorded")
     for event in found:
         rest = {key: value for key, value in event.data.items() if key != "pieces"}  # the text, token by token
         numbers = {key: rest.pop(key) for key, value in event.data.items() if isinstance(value, int | float)}

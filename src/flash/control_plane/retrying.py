@@ -8,15 +8,17 @@ retried run then does is what any run does after a lost attempt. Knows no HTTP.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 from flash.artifacts.manifests import Damaged, copy_checkpoint, verify
 from flash.catalog.catalog import load_catalog
 from flash.config.load import parse_config
 from flash.control_plane.caps import check_caps
 from flash.control_plane.services import Services
+from flash.control_plane.status import files_removed, from_adapter
 from flash.control_plane.submitting import Submitted, check_secrets
 from flash.errors import Conflict
-from flash.records import Manifest, RunState
+from flash.records import Checkpoint, Manifest, RunState
 from flash.storage import runs
 from flash.storage.identity import Caller
 
@@ -31,20 +33,16 @@ def retry(plane: Services, caller: Caller, run_id: str, secrets: dict[str, str],
                 return Submitted(known, created=False)
         source = runs.get_run(connection, run_id, org=caller.org)
         check_caps(connection, caller, estimate=source.estimate, gpus=source.gpus)  # before anything is copied
+        checkpoints = runs.checkpoints_of(connection, source.id)
         manifests = [
-            runs.manifest_of(connection, source.id, found.step)
-            for found in reversed(runs.checkpoints_of(connection, source.id))
-            if found.has_state
+            runs.manifest_of(connection, source.id, found.step) for found in reversed(checkpoints) if found.has_state
         ]
     if source.state not in (RunState.FAILED, RunState.CANCELLED):
         raise Conflict(
             f"{source.id} is {source.state.value}: only a failed or cancelled run can be retried",
             remedy="submit its config again for another run" if source.state.terminal else "cancel it first, or wait",
         )
-    if source.collected_at is not None:
-        raise Conflict(
-            f"{source.id} ended long ago and its files are gone", remedy="submit its config again for another run"
-        )
+    _check_kept(source, checkpoints)
     config, _ = parse_config(source.config, catalog=load_catalog(plane.settings.home))
     check_secrets(config, secrets)
     now = plane.clock()
@@ -78,8 +76,9 @@ def retry(plane: Services, caller: Caller, run_id: str, secrets: dict[str, str],
             if known is not None:
                 return Submitted(known, created=False)
         check_caps(connection, caller, estimate=new.estimate, gpus=new.gpus)
-        if runs.get_run(connection, source.id).collected_at is not None:
-            raise Conflict(f"{source.id} ended long ago and its files are gone", remedy="submit its config again")
+        if taken is None:  # perhaps because its time was over meanwhile
+            checkpoints = runs.checkpoints_of(connection, source.id)
+        _check_kept(runs.get_run(connection, source.id), checkpoints)
         runs.insert_run(connection, new, now=now, run_id=new_id)
         if taken is not None:
             # Epoch 0: no attempt of this run brought it.
@@ -89,6 +88,19 @@ def retry(plane: Services, caller: Caller, run_id: str, secrets: dict[str, str],
             runs.record_submission(connection, org=caller.org, key=key, body_mac=mac, run_id=new_id, now=now)
     plane.wake.set()
     return Submitted(new_id, created=True)
+
+
+def _check_kept(run: runs.RunRow, checkpoints: Sequence[Checkpoint]) -> None:
+    """Refuses where a retry would silently begin at the start, though the run had come further."""
+    if run.collected_at is not None:
+        raise Conflict(
+            f"{run.id} can't be retried: {files_removed(run)}", remedy="submit its config again for another run"
+        )
+    if checkpoints and not any(found.has_state for found in checkpoints):
+        raise Conflict(
+            f"{run.id} can't be retried: of its checkpoints only the adapters are still kept (keep_state_days)",
+            remedy=from_adapter(checkpoints),
+        )
 
 
 def _take_over(plane: Services, manifests: list[Manifest], run_id: str) -> tuple[Manifest, str] | None:

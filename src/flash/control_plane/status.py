@@ -5,6 +5,7 @@ Pure functions of what storage and the settings say.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 from flash.control_plane.estimating import cost_usd, estimated_usd
@@ -47,7 +48,8 @@ def summarise(
     """`summary` and `next`. `ahead`: runs of its org that wait for a device before this one."""
     last = attempts[-1] if attempts else None
     if run.state is RunState.DONE:
-        return _done(run, checkpoints), f"serve it with `flash deploy {run.id}`, or copy it out with `flash export`"
+        served = f"serve it with `flash deploy {run.id}`, or copy it out with `flash export`"
+        return _done(run, checkpoints), served if run.collected_at is None else _gone(run)
     if run.state is RunState.FAILED:
         message = (run.error or {}).get("message") or "the run failed"
         return f"failed{_at(run)}: {message}", _after_end(run, checkpoints)
@@ -75,9 +77,29 @@ def _done(run: RunRow, checkpoints: Sequence[Checkpoint]) -> str:
 
 
 def _after_end(run: RunRow, checkpoints: Sequence[Checkpoint]) -> str:
+    if run.collected_at is not None:
+        return _gone(run)
     if not checkpoints:
         return f"no checkpoint was saved; `flash retry {run.id}` starts it again"
-    return f"its checkpoints are kept: `flash retry {run.id}` goes on from {checkpoints[-1].ref}"
+    whole = [checkpoint for checkpoint in checkpoints if checkpoint.has_state]
+    if not whole:
+        return f"of its checkpoints only the adapters are still kept (keep_state_days): {from_adapter(checkpoints)}"
+    return f"its checkpoints are kept: `flash retry {run.id}` goes on from {whole[-1].ref}"
+
+
+def _gone(run: RunRow) -> str:
+    return f"{files_removed(run)}; submit its config again for another run"
+
+
+def files_removed(run: RunRow) -> str:
+    """When a collected run's files went, and who had wished so."""
+    wish = "as `flash keep --days` asked" if run.ttl_s is not None else "by the server's keep_files_days"
+    return f"its files were removed on {time.strftime('%Y-%m-%d', time.gmtime(run.collected_at))}, {wish}"
+
+
+def from_adapter(checkpoints: Sequence[Checkpoint]) -> str:
+    """The way on from a run of which only adapters are left."""
+    return f'start a new run from the newest with train.init_from_adapter = "{checkpoints[-1].ref}"'
 
 
 def _queued(

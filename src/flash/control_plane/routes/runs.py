@@ -18,7 +18,7 @@ from flash.control_plane.auth import Me, Plane
 from flash.control_plane.deploying import live_ref
 from flash.control_plane.retrying import retry as retry_run
 from flash.control_plane.services import Services
-from flash.control_plane.status import run_status, run_summary
+from flash.control_plane.status import files_removed, run_status, run_summary
 from flash.control_plane.submitting import submit
 from flash.errors import Conflict, InvalidInput, NotFound
 from flash.failpoints import failpoint
@@ -143,6 +143,11 @@ def keep(run_id: str, body: KeepRequest, me: Me, plane: Plane) -> RunStatus:
     """How long the run's files are kept after its end."""
     with plane.database.write() as connection:
         run = runs.get_run(connection, run_id, org=me.org)
+        if run.collected_at is not None:
+            raise Conflict(
+                f"there is nothing left of {run.id} to keep: {files_removed(run)}",
+                remedy="submit its config again for another run",
+            )
         ttl_s = None if body.days is None else body.days * retention.DAY_S
         retention.keep(connection, run.id, pinned=body.pinned, ttl_s=ttl_s)
         return _status(plane, connection, runs.get_run(connection, run.id))
