@@ -24,7 +24,7 @@ def soak(count: int, seed: int) -> Tally:
     tally = Tally()
     process = psutil.Process()
     with tempfile.TemporaryDirectory() as folder:
-        plane = Plane(Path(folder) / "home", work_grace_s=0.0)
+        plane = Plane(Path(folder) / "home", work_grace_s=0.0, clean_budget_s=3600.0)
         saved = Path(folder) / "saved"
         try:
             warm = max(10, count // 5)

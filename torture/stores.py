@@ -160,8 +160,8 @@ def _rounds(home: Path, store: Store, faulty: Faulty, write: Write, count: int, 
     """Runs over the failing store until `count` faults have happened."""
     tally = Tally()
     plane = Plane(
-        home, work_grace_s=0.0, draft_grace_s=0.0, clean_interval_s=0.0, fruitless_limit=10**6, store_url=store.url,
-        store_options=store.options,
+        home, work_grace_s=0.0, draft_grace_s=0.0, clean_interval_s=0.0, clean_budget_s=3600.0, fruitless_limit=10**6,
+        store_url=store.url, store_options=store.options,
     )  # fmt: skip
     plane.services.store = store
     try:

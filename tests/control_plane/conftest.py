@@ -24,7 +24,7 @@ from flash.launching.fake import FakeLauncher
 from flash.storage import identity
 from flash.storage.database import Database
 
-SETTINGS = {"backoff_first_s": 0.0, "backoff_max_s": 0.0}
+SETTINGS = {"backoff_first_s": 0.0, "backoff_max_s": 0.0, "clean_budget_s": 600.0}
 
 
 class Clock:

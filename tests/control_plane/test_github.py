@@ -198,6 +198,16 @@ def test_a_commit_that_was_fetched_is_not_fetched_again(world, github):
     assert len(github.asked) == asked
 
 
+def test_a_commit_whose_archive_is_missing_is_fetched_again(world, github):
+    before = set(world.plane.store.list("environments"))
+    pinned = submit(world).json()["spec"]["environment"]["id"]
+    [archive] = set(world.plane.store.list("environments")) - before
+    whole = world.plane.store.get_bytes(archive)
+    world.plane.store.delete(archive)
+    assert submit(world, pinned).status_code == 201
+    assert world.plane.store.get_bytes(archive) == whole
+
+
 @pytest.mark.parametrize(
     ("text", "files"),
     [

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import tempfile
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,11 @@ from tests.team.worlds import Team
 from torture.machine import ENVIRONMENT, archive
 
 from flash.artifacts.manifests import environment_key, manifest_key, object_key, verify, write_checkpoint
+from flash.artifacts.store import Store
 from flash.control_plane.cleaning import Cleaner
-from flash.records import Manifest, RunState
-from flash.storage import environments, events, identity, runs, schema
+from flash.errors import Unavailable
+from flash.records import EventKind, Manifest, RunState
+from flash.storage import audit, environments, events, identity, retention, runs, schema
 from flash.storage.retention import DAY_S
 
 DAYS = {"keep_state_days": 2.0, "keep_files_days": 5.0, "keep_events_days": 7.0, "keep_audit_days": 3.0}
@@ -242,6 +246,8 @@ def test_keeping_is_a_members_wish_and_shows(open_team):
     world.rounds()
     gone = team.call(key, "GET", f"/api/runs/{old.run_id}").json()
     assert gone["managed"]["files_removed_at"] == NOW and gone["checkpoints"] == []
+    late = team.call(key, "POST", path, json={"pinned": True})
+    assert late.status_code == 409 and "keep_files_days" in late.json()["error"]["message"]
     assert team.call(key, "GET", f"/api/runs/{old.run_id}/adapter").status_code == 404
     warm = {"model": "flash/nano", "environment": {"id": "acme/none"}, "train": {"init_from_adapter": old.run_id}}
     assert team.call(key, "POST", "/api/runs", json={"config": warm}).status_code == 422
@@ -264,3 +270,183 @@ def test_a_push_of_what_went_brings_it_back(open_team):
     assert team.call(key, "POST", "/api/environments/beta/echo", content=body).status_code == 201
     assert team.plane.store.size(environment_key(version.sha256)) == version.size
     team.run(key, "beta")
+
+
+# --- while others work ------------------------------------------------------------------------------------
+
+
+class Watched(Store):
+    """A folder that tells of each delete, before and after it."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.deleted: list[str] = []
+        self.before: Callable[[str], object] = str
+        self.after: Callable[[str], object] = str
+
+    def delete(self, key: str) -> None:
+        self.before(key)
+        super().delete(key)
+        self.deleted.append(key)
+        self.after(key)
+
+
+def watched(team: Team) -> Watched:
+    team.plane.store = store = Watched(team.plane.store.url)
+    return store
+
+
+def recorded(world: World) -> set[str]:
+    """Digests that somebody could still come to need."""
+    table = schema.environment_versions
+    with world.plane.database.read() as connection:
+        return set(connection.execute(select(table.c.sha256).where(table.c.push != environments.LEAVING)).scalars())
+
+
+def test_a_bucket_that_hangs_holds_up_no_write(open_team):
+    world = World(open_team(**DAYS, clean_interval_s=0.0))
+    world.environment("old", deleted_days=100.0)
+    store, asked, answered = watched(world.team), threading.Event(), threading.Event()
+
+    def hang(key: str) -> None:
+        asked.set()
+        assert answered.wait(60)
+
+    store.before = hang
+    cleaning = threading.Thread(target=Cleaner(world.plane).clean)
+    cleaning.start()
+    try:
+        assert asked.wait(60)
+        written = threading.Event()
+
+        def write() -> None:
+            with world.plane.database.write() as connection:
+                identity.ensure_org(connection, "beta")
+            written.set()
+
+        threading.Thread(target=write, daemon=True).start()
+        assert written.wait(20), "it waits for the bucket"
+    finally:
+        answered.set()
+        cleaning.join(60)
+    assert recorded(world) == set() and store.deleted
+
+
+def test_a_bucket_that_fails_half_way_leaves_no_version_without_its_archive(open_team):
+    world = World(open_team(**DAYS, clean_interval_s=0.0))
+    for number in range(5):
+        world.environment(f"old {number}", deleted_days=100.0)
+    kept = world.environment("kept", deleted_days=None)
+    store = watched(world.team)
+
+    def fail(key: str) -> None:
+        if len(store.deleted) == 2:
+            raise Unavailable("the bucket is away")
+
+    store.before = fail
+    world.rounds()
+    assert len(store.deleted) == 2
+    assert all(store.size(environment_key(sha256)) for sha256 in recorded(world))
+    store.before = str
+    world.rounds()
+    assert recorded(world) == {kept}
+    assert store.list("environments") == [environment_key(kept)]
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_push_while_the_same_archive_goes_is_refused_and_then_works(open_team, moment: str):
+    team: Team = open_team(**DAYS, clean_interval_s=0.0)
+    world = World(team)
+    key = team.key("beta")
+    body = archive({"environment.py": ENVIRONMENT})
+    assert team.call(key, "POST", "/api/environments/beta/echo", content=body).status_code == 201
+    with team.plane.database.write() as connection:
+        [version] = environments.current(connection, org="beta")
+        environments.delete(connection, org="beta", namespace="beta", name="echo", now=NOW - 100 * DAY_S)
+    store = watched(team)
+    answers: list[int] = []
+
+    def push(_key: str = "") -> int:
+        """Under another name too: what is the same is the archive."""
+        path = f"/api/environments/beta/echo{len(answers)}"
+        answers.append(team.call(key, "POST", path, content=body).status_code)
+        return answers[-1]
+
+    setattr(store, moment, push)
+    Cleaner(team.plane).clean()
+    assert store.deleted and answers == [503]
+    setattr(store, moment, str)
+    assert push() == 201
+    world.rounds()
+    assert store.size(environment_key(version.sha256)) == version.size
+
+
+def test_an_archive_that_another_name_has_too_stays(open_team):
+    world = World(open_team(**DAYS, clean_interval_s=0.0))
+    for days in (100.0, None, 100.0):
+        sha256 = world.environment("the same", deleted_days=days)
+    store = watched(world.team)
+    world.rounds()
+    assert store.deleted == [] and recorded(world) == {sha256}
+
+
+def test_events_go_a_part_at_a_time_and_count_as_gone_at_last(open_team):
+    world = World(open_team(**DAYS))
+    environment = world.environment("e", deleted_days=None)
+    long, short = (Made(name(), RunState.DONE, days, environment) for days in (9.0, 8.0))
+    world.add(long, 1)
+    world.add(short, 1)
+    many = [events.NewEvent(EventKind.LOG, {"text": str(n)}, NOW) for n in range(1700)]
+    with world.plane.database.write() as connection:
+        events.append(connection, long.run_id, many, now=NOW, closing=True)
+
+    def left() -> tuple[int, bool]:
+        with world.plane.database.read() as connection:
+            count = len(events.read(connection, long.run_id, limit=10_000))
+            return count, runs.get_run(connection, long.run_id).silenced_at is not None
+
+    counts = [left()[0]]
+    while counts[-1]:
+        with world.plane.database.write() as connection:
+            assert long.run_id in retention.expire_events(connection, world.plane.settings.times, now=NOW)
+        count, silenced = left()
+        assert 0 < counts[-1] - count <= 500 and (count == 0 or not silenced)
+        counts.append(count)
+    assert len(counts) > 4
+    world.rounds()
+    with world.plane.database.read() as connection:
+        assert all(runs.get_run(connection, made.run_id).silenced_at == NOW for made in (long, short))
+        assert events.read(connection, short.run_id) == []
+
+
+def test_a_long_audit_log_is_forgotten_a_part_at_a_time(open_team):
+    world = World(open_team(**DAYS, clean_interval_s=0.0))
+    times = [NOW - 100 * DAY_S] * 2500 + [NOW] * 3
+    rows = [{"time": time, "actor": "server", "action": "x", "status": 200} for time in times]
+    with world.plane.database.write() as connection:
+        connection.execute(insert(schema.audit), rows)
+        assert len(audit.older(connection, before=NOW - DAY_S)) < 2500
+    world.rounds()
+    assert [entry.time for entry in world.team.audited()] == [NOW] * 3
+
+
+def test_a_round_over_its_budget_goes_on_with_the_next_call(open_team):
+    """Here a call may take no time at all: it takes one step."""
+    world = World(open_team(**DAYS, clean_interval_s=3600.0, clean_budget_s=0.0, work_grace_s=0.0))
+    environment = world.environment("e", deleted_days=None)
+    for _ in range(4):
+        world.add(Made(name(), RunState.DONE, 100.0, environment), 3)
+    store, cleaner = watched(world.team), Cleaner(world.plane)
+    calls = 0
+    while store.list("runs"):
+        before, calls = len(store.deleted), calls + 1
+        cleaner.clean()
+        assert len(store.deleted) - before <= 1
+        assert calls < 1000
+    assert calls > 4 * 3 * 2
+    for _ in range(20):  # to the round's end
+        cleaner.clean()
+    world.add(Made(name(), RunState.DONE, 100.0, environment), 1)
+    for _ in range(100):
+        cleaner.clean()
+    assert store.list("runs"), "a round that is whole is followed when it is time"

@@ -17,12 +17,14 @@ from flash.launching.fake import FakeLauncher
 from flash.storage import audit, identity
 from flash.storage.identity import Caps, Role
 
+AT_ONCE = {"backoff_first_s": 0.0, "backoff_max_s": 0.0, "clean_budget_s": 600.0}
+
 
 class Team:
     """`keys[org, role]` are keys; `call` sends one of them."""
 
     def __init__(self, home: Path, *, devices: tuple[str, ...] = (), **settings: Any) -> None:
-        self.settings = ServerSettings(home=home, **{"backoff_first_s": 0.0, "backoff_max_s": 0.0, **settings})
+        self.settings = ServerSettings(home=home, **{**AT_ONCE, **settings})
         self.launcher = FakeLauncher(devices)
         self.plane = open_services(self.settings, launcher=self.launcher)
         self.app = create_app(self.settings, services=self.plane, reconcile=False)

@@ -2,7 +2,7 @@
 names.
 
 Owns what may go and when; everything waits out a grace period first. A failure leaves the rest for the next
-time: cleaning never holds up a run.
+time, and what takes long is done a piece at a time: cleaning never holds up a run.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
+from collections.abc import Iterator
 
 from flash.artifacts.manifests import adapter_only, manifest_key, object_digests, object_key
 from flash.control_plane.retaining import expire
@@ -20,45 +21,65 @@ from flash.storage import engines, runs
 
 log = logging.getLogger("flash.cleaning")
 
+_OTHERS_S = 0.001  # from one step to the next: a lock that is taken again at once leaves out those who wait for it
+
 
 class Cleaner:
-    """`clean` may be called as often as one likes; it works at most once per `clean_interval_s`."""
+    """`clean` may be called as often as one likes; a round begins at most once per `clean_interval_s`."""
 
     def __init__(self, plane: Services) -> None:
         self._plane = plane
-        self._last: float | None = None
+        self._last: float | None = None  # when the last round began
+        self._round: Iterator[None] | None = None  # what is left of it
+        self._term = plane.lead.term
         self._strangers: dict[str, float] = {}  # runs in the store that the database lacks: since when seen
 
     def clean(self) -> None:
-        now = time.monotonic()
-        if self._last is not None and now - self._last < self._plane.settings.clean_interval_s:
-            return
-        self._last = now
-        for part in (self._expired, self._half_written, self._ended_runs, self._ended_engines, self._unknown_runs):
+        """Works for `clean_budget_s` and a step; the next call goes on with what is left."""
+        now, settings = time.monotonic(), self._plane.settings
+        if self._term != self._plane.lead.term:  # what was found to be nobody's in another term may be somebody's now
+            self._term, self._round = self._plane.lead.term, None
+        if self._round is None:
+            if self._last is not None and now - self._last < settings.clean_interval_s:
+                return
+            self._last, self._round = now, self._steps()
+        for _ in self._round:
+            if time.monotonic() - now >= settings.clean_budget_s:
+                return
+            time.sleep(_OTHERS_S)
+        self._round = None
+
+    def _steps(self) -> Iterator[None]:
+        """Each is a transaction, or some requests to the store."""
+        parts = (self._expired, self._half_written, self._ended_runs, self._ended_engines, self._unknown_runs)
+        for part in parts:
             try:
-                part()
+                yield from part()
             except (FlashError, OSError) as error:
                 log.warning("cleaning up is put off: %s", error)
+                yield
 
-    def _expired(self) -> None:
-        expire(self._plane)
+    def _expired(self) -> Iterator[None]:
+        return expire(self._plane)
 
-    def _half_written(self) -> None:
+    def _half_written(self) -> Iterator[None]:
         self._plane.store.sweep(older_than_s=self._plane.settings.draft_grace_s)
+        yield
 
-    def _ended_runs(self) -> None:
+    def _ended_runs(self) -> Iterator[None]:
         plane = self._plane
         before = plane.clock() - plane.settings.work_grace_s
         with plane.database.read() as connection:
             ended = runs.uncleaned(connection, before=before)
         for run_id in ended:
-            _remove_unnamed(plane, run_id)
+            yield from _remove_unnamed(plane, run_id)
             shutil.rmtree(plane.settings.home / "work" / run_id, ignore_errors=True)
             remove_quarters(f"{run_id}.*")
             with plane.database.write() as connection:
                 runs.note_cleaned(connection, run_id, now=plane.clock())
+            yield
 
-    def _ended_engines(self) -> None:
+    def _ended_engines(self) -> Iterator[None]:
         plane = self._plane
         before = plane.clock() - plane.settings.work_grace_s
         with plane.database.read() as connection:
@@ -67,8 +88,9 @@ class Cleaner:
             shutil.rmtree(engine.work_dir, ignore_errors=True)
             with plane.database.write() as connection:
                 engines.forget(connection, engine.id)
+            yield
 
-    def _unknown_runs(self) -> None:
+    def _unknown_runs(self) -> Iterator[None]:
         """What a server that died while it prepared a run left in the store.
 
         Whole checkpoints stay, whoever's they are: their database may be another one, or be restored some day.
@@ -84,9 +106,10 @@ class Cleaner:
                 if not any("/checkpoints/" in key for key in keys):
                     for key in keys:
                         plane.store.delete(key)
+                        yield
 
 
-def _remove_unnamed(plane: Services, run_id: str) -> None:
+def _remove_unnamed(plane: Services, run_id: str) -> Iterator[None]:
     """Manifests that were never recorded, and objects that none of the recorded ones needs."""
     with plane.database.read() as connection:
         known = runs.checkpoints_of(connection, run_id)
@@ -98,3 +121,4 @@ def _remove_unnamed(plane: Services, run_id: str) -> None:
     for key in plane.store.list(f"runs/{run_id}"):
         if key not in needed:
             plane.store.delete(key)
+            yield

@@ -294,6 +294,9 @@ class ServerSettings(BaseModel):
     clean_interval_s: float = Field(default=600.0, ge=0)
     """How often it is looked for what nobody needs."""
 
+    clean_budget_s: float = Field(default=1.0, ge=0)
+    """How long its removal may go on at a time, while runs and workers wait; the rest follows after a look at them."""
+
     # --- Environments from GitHub
 
     github_api_url: str = Field(default="https://api.github.com", pattern="^https?://[^/]+")

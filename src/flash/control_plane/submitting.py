@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from dataclasses import dataclass, field
 
 from sqlalchemy import Connection
@@ -60,7 +59,7 @@ def submit(plane: Services, caller: Caller, request: SubmitRequest, key: str | N
             if known is not None:
                 return Submitted(known, created=False)
         if fetched:
-            version = record_fetched(connection, caller, fetched)
+            version = record_fetched(connection, caller, fetched, now=now)
         else:
             version = pin_environment(connection, caller, config)
         source = find_source(connection, caller, config)
@@ -85,7 +84,7 @@ def submit(plane: Services, caller: Caller, request: SubmitRequest, key: str | N
             estimate=planned.estimate,
             warnings=[*warnings, *wandb_warnings(config, request.secrets)],
             key_id=caller.key_id,
-            gpus=planned.gpus,
+            gpus=planned.gpus or 0,
             priority=request.priority.rank,
         )
         run_id = runs.insert_run(connection, new, now=now)
@@ -187,7 +186,7 @@ def fetch_environment(plane: Services, caller: Caller, config: RunConfig) -> Fet
             known = environments.kept(
                 connection, org=caller.org, namespace=f"github:{ref.owner}", name=record_name(ref)
             )
-        if known is not None:
+        if known is not None and plane.store.size(environment_key(known.sha256)) == known.size:
             return Fetched(ref, known.sha256, known.size, known.files)
     if not plane.fetches.acquire(blocking=False):
         raise Unavailable("the server is busy fetching other environments", remedy="try again in a minute")
@@ -210,7 +209,7 @@ def put_archive(plane: Services, sha256: str, archive: bytes) -> None:
         plane.store.put_bytes(key, archive)
 
 
-def record_fetched(connection: Connection, caller: Caller, fetched: Fetched) -> EnvironmentVersion:
+def record_fetched(connection: Connection, caller: Caller, fetched: Fetched, *, now: float) -> EnvironmentVersion:
     """The record that a run of a fetched environment pins."""
     if fetched.data is None and (
         environments.kept(connection, org=caller.org, namespace=fetched.namespace, name=fetched.name) is None
@@ -224,7 +223,7 @@ def record_fetched(connection: Connection, caller: Caller, fetched: Fetched) -> 
         sha256=fetched.sha256,
         size=fetched.size,
         files=fetched.files,
-        now=time.time(),
+        now=now,
     )
 
 

@@ -6,6 +6,7 @@ never part of an entry.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from flash.storage import schema
 ANONYMOUS = "anonymous"
 SERVER = "server"
 _table = schema.audit
+_AT_ONCE = 2000  # entries
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,14 @@ def read(connection: Connection, *, org: str | None, limit: int, before: int | N
     return [_entry(row) for row in connection.execute(query.order_by(_table.c.id.desc()).limit(limit))]
 
 
-def forget(connection: Connection, *, before: float) -> int:
-    """Removes entries older than that time; how many."""
-    return int(connection.execute(delete(_table).where(_table.c.time < before)).rowcount)
+def older(connection: Connection, *, before: float) -> list[int]:
+    """Ids of entries older than that time, as many as one transaction may remove."""
+    query = select(_table.c.id).where(_table.c.time < before).order_by(_table.c.id)
+    return list(connection.execute(query.limit(_AT_ONCE)).scalars())
+
+
+def forget(connection: Connection, ids: Sequence[int]) -> None:
+    connection.execute(delete(_table).where(_table.c.id.in_(ids)))
 
 
 def _cut(text: str | None, limit: int) -> str | None:

@@ -1,7 +1,8 @@
 """The environment hub's records: names, versions by digest, which one is current.
 
 Owns the rows. The archives themselves lie in the artifact store, addressed by the same digest; a deleted name
-keeps its rows, since runs stay pinned to their versions.
+keeps its rows, since runs stay pinned to their versions. A version that leaves keeps its row until its archive is gone,
+and while it does nobody can record the same content.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from typing import Any
 
 from sqlalchemy import Connection, func, insert, select, update
 
-from flash.errors import InvalidInput, NotFound
+from flash.errors import InvalidInput, NotFound, Unavailable
 from flash.records import EnvironmentVersion
 from flash.storage import schema
 
 _table = schema.environment_versions
+LEAVING = -1  # instead of the number of a push
 
 
 def push(
@@ -30,9 +32,10 @@ def push(
     now: float,
 ) -> EnvironmentVersion:
     """Records a push and makes it the current version. The same content gives the same version again."""
+    _refuse_leaving(connection, sha256)
     same_name = (_table.c.namespace == namespace) & (_table.c.name == name)
     latest = connection.execute(select(func.max(_table.c.push)).where(same_name)).scalar()
-    number = int(latest or 0) + 1
+    number = max(int(latest or 0), 0) + 1
     again = connection.execute(
         update(_table)
         .where(same_name, _table.c.sha256 == sha256)
@@ -109,6 +112,7 @@ def keep(
     now: float,
 ) -> EnvironmentVersion:
     """Records a version that runs may pin but the hub doesn't offer: one fetched from elsewhere."""
+    _refuse_leaving(connection, sha256)
     same = (_table.c.namespace == namespace) & (_table.c.name == name) & (_table.c.sha256 == sha256)
     row = connection.execute(select(_table).where(same)).first()
     if row is not None:
@@ -162,6 +166,35 @@ def delete(connection: Connection, *, org: str, namespace: str, name: str, now: 
     )
     if gone.rowcount == 0:
         raise NotFound(f"no environment {namespace}/{name}", remedy="`flash env list` shows what there is")
+
+
+def leave(connection: Connection, *, namespace: str, name: str, sha256: str) -> None:
+    """Takes a version that nobody needs out of use. Where another one has the same archive, its row is all there is."""
+    same = (_table.c.namespace == namespace) & (_table.c.name == name) & (_table.c.sha256 == sha256)
+    others = select(_table.c.sha256).where(_table.c.sha256 == sha256, _table.c.push != LEAVING, ~same)
+    if connection.execute(others).first() is not None:
+        connection.execute(_table.delete().where(same))
+    else:
+        connection.execute(update(_table).where(same).values(push=LEAVING))
+
+
+def leaving(connection: Connection) -> list[str]:
+    """Digests of the archives that are to go."""
+    return list(connection.execute(select(_table.c.sha256).where(_table.c.push == LEAVING).distinct()).scalars())
+
+
+def forget(connection: Connection, sha256: str) -> None:
+    """Removes what left: its archive is gone."""
+    connection.execute(_table.delete().where(_table.c.sha256 == sha256, _table.c.push == LEAVING))
+
+
+def _refuse_leaving(connection: Connection, sha256: str) -> None:
+    query = select(_table.c.sha256).where(_table.c.sha256 == sha256, _table.c.push == LEAVING)
+    if connection.execute(query).first() is not None:
+        raise Unavailable(
+            "the same files are just being removed from the store: they were kept long enough",
+            remedy="try again in a minute",
+        )
 
 
 def _version(row: Any) -> EnvironmentVersion:

@@ -1,22 +1,24 @@
 """What may go when its time is over, and what still needs it.
 
-Owns the choice and the marks: rows of checkpoints, events and old environment versions go here, in one transaction
-with the look at who needs them, so that nothing can come to need them in between. The files behind them go later, by
-the rule that a file which no row names is nobody's (`control_plane.cleaning`). A run itself always stays.
+Owns the choice and the marks: rows of checkpoints and events go here, and environment versions leave, in one
+transaction with the look at who needs them, so that nothing can come to need them in between. Each takes a bounded
+number of rows, since nobody else can write meanwhile. The files behind them go later, by the rule that a file which no
+row names is nobody's (`control_plane.cleaning`). A run itself always stays.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, Connection, and_, delete, exists, func, or_, select, update
+from sqlalchemy import Column, ColumnElement, Connection, and_, delete, exists, func, or_, select, update
 
 from flash.records import RunState
-from flash.storage import schema
+from flash.storage import environments, schema
 from flash.storage.runs import LIVE_ATTEMPTS
 
 _ENDED = tuple(state.value for state in RunState if state.terminal)
-_AT_ONCE = 100  # runs, or versions, of each kind in one transaction
+_AT_ONCE = 20  # runs, or versions, of each kind in one transaction
+_ROWS = 500  # events and what belongs to them in one transaction
 DAY_S = 86400.0
 
 
@@ -62,7 +64,10 @@ def expire_files(connection: Connection, times: Times, *, now: float) -> list[st
 
 
 def expire_events(connection: Connection, times: Times, *, now: float) -> list[str]:
-    """Ended runs whose log, metrics and samples are gone from now on."""
+    """Ended runs whose log, metrics and samples go, a part of them each time; empty when there is nothing left to go.
+
+    A run counts as silenced from when its last row is gone.
+    """
     if times.events_s is None:
         return []
     runs = schema.runs
@@ -70,19 +75,28 @@ def expire_events(connection: Connection, times: Times, *, now: float) -> list[s
         runs.c.silenced_at.is_(None), _over(), ~runs.c.pinned, runs.c.finished_at <= now - times.events_s
     )
     found = list(connection.execute(query.order_by(runs.c.finished_at).limit(_AT_ONCE)).scalars())
-    for table in (schema.events, schema.metric_blocks, schema.samples):
-        connection.execute(delete(table).where(table.c.run_id.in_(found)))
-    connection.execute(update(runs).where(runs.c.id.in_(found)).values(silenced_at=now))
-    return found
+    left, silenced = _ROWS, []
+    for run_id in found:
+        for key in (schema.events.c.seq, schema.metric_blocks.c.position, schema.samples.c.seq):
+            left -= _delete_first(connection, key, run_id, left)
+        if left == 0:  # there may be more of it
+            break
+        silenced.append(run_id)
+    connection.execute(update(runs).where(runs.c.id.in_(silenced)).values(silenced_at=now))
+    return found[: len(silenced) + 1]
 
 
-def expire_environments(connection: Connection, times: Times, *, now: float) -> list[str]:
-    """Digests of archives that no version has any more: of names long deleted, which no run could still need.
+def _delete_first(connection: Connection, key: Column[int], run_id: str, limit: int) -> int:
+    """Deletes the first rows of a run from the table that is ordered by `key`; how many."""
+    first = select(key).where(key.table.c.run_id == run_id).order_by(key).limit(limit)
+    gone = connection.execute(delete(key.table).where(key.table.c.run_id == run_id, key.in_(first)))
+    return int(gone.rowcount)
 
-    Their files have to go before this transaction ends: a push of the same content looks at them after it.
-    """
+
+def expire_environments(connection: Connection, times: Times, *, now: float) -> None:
+    """Has versions leave: of names long deleted, which no run could still need."""
     if times.files_s is None:
-        return []
+        return
     table, runs = schema.environment_versions, schema.runs
     could_need = exists().where(
         runs.c.environment_sha256 == table.c.sha256,
@@ -90,15 +104,10 @@ def expire_environments(connection: Connection, times: Times, *, now: float) -> 
         runs.c.collected_at.is_(None),
     )
     query = select(table.c.namespace, table.c.name, table.c.sha256).where(
-        table.c.deleted_at <= now - times.files_s, ~could_need
+        table.c.deleted_at <= now - times.files_s, table.c.push != environments.LEAVING, ~could_need
     )
-    gone = []
     for row in connection.execute(query.limit(_AT_ONCE)).all():
-        same = and_(table.c.namespace == row.namespace, table.c.name == row.name, table.c.sha256 == row.sha256)
-        connection.execute(delete(table).where(same))
-        if connection.execute(select(table.c.sha256).where(table.c.sha256 == row.sha256)).first() is None:
-            gone.append(str(row.sha256))
-    return gone
+        environments.leave(connection, namespace=row.namespace, name=row.name, sha256=row.sha256)
 
 
 def keep(connection: Connection, run_id: str, *, pinned: bool, ttl_s: float | None) -> None:

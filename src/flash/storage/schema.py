@@ -110,7 +110,8 @@ environment_versions = Table(
     Column("size", BigInteger, nullable=False),
     Column("files", Json, nullable=False),
     Column("created_at", Double, nullable=False),
-    Column("push", BigInteger, nullable=False),  # rises with each push of the name; the highest is current
+    # rises with each push of the name; the highest is current. 0: fetched from elsewhere; -1: it leaves
+    Column("push", BigInteger, nullable=False),
     Column("deleted_at", Double),
 )
 

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, Text, func, or_, select, type_coerce
 
 from flash.errors import NotFound
 from flash.records import EnvironmentVersion, Event, EventKind
-from flash.storage import schema
+from flash.storage import environments, schema
 from flash.storage.runs import RunRow, get_run
 
 _ESCAPE = "!"
@@ -126,7 +126,12 @@ def versions(connection: Connection, *, org: str, namespace: str, name: str) -> 
     uses = {row[0]: int(row[1]) for row in connection.execute(counted)}
     rows = connection.execute(
         select(table)
-        .where(table.c.org_id == org, table.c.namespace == namespace, table.c.name == name)
+        .where(
+            table.c.org_id == org,
+            table.c.namespace == namespace,
+            table.c.name == name,
+            table.c.push != environments.LEAVING,
+        )
         .order_by(table.c.push.desc(), table.c.created_at.desc())
     ).all()
     if not rows:
