@@ -51,7 +51,7 @@ from flash.errors import (
 )
 from flash.failpoints import MARK, failpoint
 from flash.failpoints import VARIABLES as FAILPOINTS
-from flash.launching.accounts import account_of, remove_quarters
+from flash.launching.accounts import Account, account_of, remove_quarters
 from flash.launching.lineage import adopt_orphans
 from flash.records import Claim, EventKind, FailureKind, Finish, Manifest, Phase, SignRequest
 from flash.redaction import Redactor
@@ -99,6 +99,16 @@ class Start:
             return cls(**{name: str(given[name]) for name in names})
         except (ValueError, KeyError, TypeError):
             raise InvalidInput(f"the start line must be a JSON object with {', '.join(names)}") from None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an environment lives, and as whom its host runs; None: as this process does."""
+
+    folder: Path     # the package
+    cache_dir: Path  # the packages that it wants
+    work_dir: Path   # what it writes
+    account: Account | None = None
 
 
 @dataclass(frozen=True)
@@ -361,24 +371,16 @@ class Supervisor:
     def _prepare_environment(self) -> None:
         """Archive, folder, packages, host: in this order, and ready once user code is imported."""
         archive = self._patiently(self._api.environment_archive)
-        account, root, cache_dir, work_dir = None, self._work_dir, flash_home() / "cache" / "environments", None
-        if self._claim.host_user is not None:
-            account = account_of(self._claim.host_user)
-            for epoch in range(1, self._claim.epoch):  # of attempts that were killed
-                remove_quarters(f"{self._claim.run_id}.{epoch}")
-            self._has_quarters = True
-            root = account.quarters(self._start.attempt_id)
-            cache_dir, work_dir = root / "packages", account.folder(root / "work")
-            for name in ("home", "tmp"):
-                account.folder(work_dir / name)
-        folder = root / "environment"
-        shutil.rmtree(folder, ignore_errors=True)
-        unpack(archive, folder)
-        if account is not None:
-            account.give(folder)
+        place = self._place()
+        shutil.rmtree(place.folder, ignore_errors=True)
+        unpack(archive, place.folder)
+        if place.account is not None:
+            place.account.give(place.folder)
         self._pulse.advance()
         section = self._spec.environment
-        python = prepare(section.pip, cache_dir=cache_dir, on_output=self._package_output, account=account)
+        python = prepare(
+            section.pip, cache_dir=place.cache_dir, on_output=self._package_output, account=place.account
+        )
         self._pulse.advance()
         declared = {name: self._claim.secrets[name] for name in section.secrets if name in self._claim.secrets}
         intakes = {
@@ -387,13 +389,13 @@ class Supervisor:
         }
         host = EnvironmentHost(
             HostSpec(
-                folder=folder,
-                work_dir=work_dir or self._work_dir,
+                folder=place.folder,
+                work_dir=place.work_dir,
                 params=section.params,
                 variables={**self._spec.worker_env, **declared, **self._marks()},
                 python=python,
                 bounds=self._bounds(),
-                account=account,
+                account=place.account,
             ),
             on_output=lambda stream, line: _feed_line(intakes[stream], line),
         )
@@ -404,6 +406,20 @@ class Supervisor:
             self._environment_ready.set()
             for held in self._held_phases or [{"phase": Phase.LOADING_MODEL.value}]:  # its imports are part of that
                 self._set_phase(held)
+
+    def _place(self) -> Place:
+        """The work folder, or folders of the host's own user."""
+        if self._claim.host_user is None:
+            return Place(self._work_dir / "environment", flash_home() / "cache" / "environments", self._work_dir)
+        account = account_of(self._claim.host_user)
+        for epoch in range(1, self._claim.epoch):  # of attempts that were killed
+            remove_quarters(f"{self._claim.run_id}.{epoch}")
+        self._has_quarters = True
+        root = account.quarters(self._start.attempt_id)
+        work_dir = account.folder(root / "work")
+        for name in ("home", "tmp"):
+            account.folder(work_dir / name)
+        return Place(root / "environment", root / "packages", work_dir, account)
 
     def _send_job(self, threads: int) -> None:
         """Fetches what the trainer starts from, and hands it the job."""
