@@ -110,6 +110,16 @@ def test_it_says_where_it_is_stays_alone_and_keeps_its_address(serve, tmp_path: 
         assert other["port"] != said["port"] and other["token"] == said["token"]
 
 
+def test_only_who_starts_environments_has_to_be_able_to_start_them_as_another_user(serve):
+    user = {"FLASH_SERVER_HOST_USER": "no-such-user"}
+    refused = serve(**user)
+    assert refused.child.wait(timeout=60) == 1
+    with socket.create_server(("127.0.0.1", 0)) as taken:  # a cluster that is away
+        address = f"http://127.0.0.1:{taken.getsockname()[1]}"
+    on_a_cluster = serve(**user, FLASH_SERVER_LAUNCHER="ray", FLASH_SERVER_RAY_ADDRESS=address)
+    assert on_a_cluster.ready()["pid"] == on_a_cluster.child.pid
+
+
 def test_kill_9_loses_no_acknowledged_submit_and_repeats_make_no_second_run(serve, pack):
     body = {"config": {"model": "flash/nano", "environment": {"id": "local/arith"}}}
     server = serve(FLASH_SERVER_DEVICES="")

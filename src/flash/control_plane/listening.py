@@ -169,7 +169,8 @@ def serve(
 ) -> None:
     """Runs the server of this home until it is told to end, or has been idle for long enough."""
     if settings.host_user is not None:
-        check_account(settings.host_user)
+        if settings.launcher == "local":  # else it is the nodes that start programs as them
+            check_account(settings.host_user)
         settings.home.mkdir(parents=True, exist_ok=True)
         settings.home.chmod(0o700)  # whoever made it, and however: all below it is nobody else's
     plane = open_services(settings, launcher=launcher, preloaded=preloaded)
