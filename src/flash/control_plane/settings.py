@@ -90,8 +90,8 @@ class ServerSettings(BaseModel):
     they leave out comes from the provider's own variables (`AWS_…`)."""
 
     worker_store: Literal["keys", "signed"] = "keys"
-    """How workers reach a bucket. `keys`: with `store_options`, so as the server does. `signed`: by addresses that the
-    server signs, good for one object of their own run each."""
+    """How workers and engines reach a bucket. `keys`: with `store_options`, so as the server does. `signed`: by
+    addresses that the server signs, good for one object each: of a worker's own run, or an adapter's for the engine."""
 
     vault_key_file: Path | None = None
     """The 32 bytes under which secrets are sealed; every server of one database needs the same. Left out: `vault.key`
