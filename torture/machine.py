@@ -70,7 +70,7 @@ def archive(files: dict[str, str]) -> bytes:
     return buffer.getvalue()
 
 
-def wait_for(holds: Callable[[], Any], limit_s: float = 120.0, pause_s: float = 0.05) -> Any:
+def wait_for(holds: Callable[[], Any], limit_s: float = 180.0, pause_s: float = 0.05) -> Any:
     """What `holds` gives once it is true; TimeoutError after `limit_s`."""
     deadline = time.monotonic() + limit_s
     while not (value := holds()):

@@ -1,7 +1,8 @@
 """A real Ray cluster on this machine: a head that takes no worker, and nodes that do, with token authentication.
 
-Each has an address of its own in 127.0.0.0/8, since Ray takes 127.0.0.1 for "this machine's other address". Everything
-is started by `ray start`, and ended by pid, together with what its jobs left.
+Each has an address of its own in 127.0.0.0/8, since Ray takes 127.0.0.1 for "this machine's other address", and
+clusters side by side have networks of their own. Everything is started by `ray start`, and ended by pid, together with
+what its jobs left.
 """
 
 from __future__ import annotations
@@ -14,17 +15,15 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
+from torture.machine import wait_for
 
 from flash.launching.ray import ENTRY
 
-HEAD = "127.0.0.2"
 RAY = Path(sys.executable).parent / "ray"
 MARK = "FLASH_TEST_CLUSTER"  # in the environment of every process of a cluster
 # Seconds in place of minutes until a death is noticed.
@@ -43,22 +42,16 @@ def free_port(host: str) -> int:
         return int(free.getsockname()[1])
 
 
-def wait_for(holds: Callable[[], Any], limit_s: float = 120.0) -> Any:
-    deadline = time.monotonic() + limit_s
-    while not (value := holds()):
-        assert time.monotonic() < deadline, f"nothing came of it in {limit_s:g} s"
-        time.sleep(0.1)
-    return value
-
-
 class Cluster:
     """Start it with `with`. `add_node` gives a node's number; nodes have a FLASH_HOME of their own."""
 
     def __init__(self, **variables: str) -> None:
         self.token = secrets.token_hex(32)
         self.folder = Path(tempfile.mkdtemp(prefix="flash-ray-"))
-        self._port = free_port(HEAD)
-        self.address = f"http://{HEAD}:{self._port}"
+        self._network = f"127.{secrets.randbelow(200) + 20}.{secrets.randbelow(250) + 1}"
+        self._head = f"{self._network}.2"
+        self._port = free_port(self._head)
+        self.address = f"http://{self._head}:{self._port}"
         self._name = secrets.token_hex(8)
         self._variables = variables
         self._gcs = 0
@@ -95,17 +88,17 @@ class Cluster:
 
     def start_head(self) -> None:
         """Another one after `kill_head`: the same dashboard, and nothing of what the old one knew."""
-        self._gcs = free_port(HEAD)
+        self._gcs = free_port(self._head)
         self._start(
-            "--head", f"--port={self._gcs}", f"--node-ip-address={HEAD}", f"--dashboard-host={HEAD}",
+            "--head", f"--port={self._gcs}", f"--node-ip-address={self._head}", f"--dashboard-host={self._head}",
             f"--dashboard-port={self._port}", "--include-dashboard=true", f"--temp-dir={self.folder}",
-            f"--ray-client-server-port={free_port(HEAD)}", "--num-cpus=0", home=self.folder / "head",
+            f"--ray-client-server-port={free_port(self._head)}", "--num-cpus=0", home=self.folder / "head",
         )  # fmt: skip
 
     def add_node(self, cpus: int = 2, *, entry: Path | None = None) -> int:
         """`entry`: a program that this node runs in place of Flash's own entry."""
         self._nodes += 1
-        address = f"127.0.0.{2 + self._nodes}"
+        address = f"{self._network}.{2 + self._nodes}"
         before = len(self.living())
         home = self.home(self._nodes)
         if entry is not None:
@@ -115,7 +108,7 @@ class Cluster:
                               f'exec {sys.executable} "$@"\n')  # fmt: skip
             python.chmod(0o755)
         self._start(
-            f"--address={HEAD}:{self._gcs}", f"--node-ip-address={address}", f"--num-cpus={cpus}",
+            f"--address={self._head}:{self._gcs}", f"--node-ip-address={address}", f"--num-cpus={cpus}",
             home=home,
         )  # fmt: skip
         wait_for(lambda: len(self.living()) > before)
@@ -126,7 +119,7 @@ class Cluster:
 
     def kill_node(self, node: int) -> None:
         """As a machine's end looks to the others: its raylet is gone at once."""
-        option = f"--node_ip_address=127.0.0.{2 + node}"
+        option = f"--node_ip_address={self._network}.{2 + node}"
         [raylet] = [found for found in self.processes("raylet") if option in found.cmdline()]
         raylet.kill()
 

@@ -10,24 +10,21 @@ import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
-from torture.machine import ENVIRONMENT, SETTINGS, archive
+from torture.machine import ENVIRONMENT, SETTINGS, archive, wait_for
 
+HELD_AT = 50
 COMMAND = (sys.executable, "-m", "flash.cli.main", "server", "start", "--config")
 
 
-def wait_for(holds: Callable[[], Any], limit_s: float = 180.0) -> Any:
-    deadline = time.monotonic() + limit_s
-    while not (value := holds()):
-        assert time.monotonic() < deadline, f"nothing came of it in {limit_s:g} s"
-        time.sleep(0.1)
-    return value
+def holding(home: Path) -> dict[str, str]:
+    """Variables of a worker whose run is caught in the act by `Servers.begun`."""
+    return {"FLASH_FAILPOINTS": f"trainer.step:{HELD_AT}", "FLASH_FAILPOINTS_HOLD": str(home / "hold")}
 
 
 class Forwarder:
@@ -86,7 +83,8 @@ class Servers:
         self._config.write_text(f'home = "."\nworker_url = "{self.forwarder.url}"\n')
         hidden = ("FLASH_", "FREESOLO_", "WANDB_")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
-        self._variables = {**kept, **SETTINGS, **backing, "FLASH_SERVER_LEADER_LEASE_S": "4", **settings}
+        own = {"FLASH_SERVER_LEADER_LEASE_S": "4", **holding(home)}
+        self._variables = {**kept, **SETTINGS, **backing, **own, **settings}
         self.processes: list[subprocess.Popen[bytes]] = []
         self.ports: list[int] = []
 
@@ -138,7 +136,7 @@ class Servers:
             found: list[int] = wait_for(
                 lambda: [number] if (number := self.leader()) is not None and number != other_than else []
             )
-        except AssertionError as error:
+        except TimeoutError as error:
             ends = [process.poll() for process in self.processes]
             said = (self.home / "server.out").read_text()[-3000:]
             raise AssertionError(f"nobody leads but {self.leader()}; ends {ends}; {said}") from error
@@ -163,9 +161,15 @@ class Servers:
             return dict(answer.json()) if answer.is_success else None
         return None
 
-    def saved(self, run_id: str, count: int) -> None:
-        """Waits until so many checkpoints are recorded."""
-        wait_for(lambda: len((self.status(run_id) or {}).get("checkpoints", ())) >= count)
+    def begun(self, train: dict[str, Any]) -> str:
+        """A run with a checkpoint whose first attempt waits at a step in the middle until `go_on`."""
+        (self.home / "hold").touch()
+        run_id = self.submit(train)
+        wait_for(lambda: (status := self.status(run_id)) and status["step"] == HELD_AT and status["checkpoints"])
+        return run_id
+
+    def go_on(self) -> None:
+        (self.home / "hold").unlink()
 
     def ended(self, run_id: str) -> dict[str, Any]:
         found: dict[str, Any] = wait_for(

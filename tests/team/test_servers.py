@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 from tests.team.postgres import Postgres
-from tests.team.servers import Servers, follow, wait_for
+from tests.team.servers import Servers, follow
+from torture.machine import wait_for
 
 pytestmark = pytest.mark.slow
 
 TRAIN: dict[str, Any] = {
-    "epochs": 1000, "max_steps": 600, "save_every": 60, "batch_size": 2, "max_length": 64, "lora_rank": 4,
+    "epochs": 1000, "max_steps": 200, "save_every": 20, "batch_size": 2, "max_length": 64, "lora_rank": 4,
     "learning_rate": 1e-3,
 }  # fmt: skip
 
@@ -68,10 +69,10 @@ def test_one_of_them_leads_and_all_of_them_answer(servers: Servers, expected: st
 
 def test_the_leader_is_killed_in_mid_run_and_nothing_is_lost(servers: Servers, expected: str):
     leader = servers.wait_for_leader()
-    run_id = servers.submit(TRAIN)
-    servers.saved(run_id, 1)
+    run_id = servers.begun(TRAIN)
     began = time.monotonic()
     servers.kill(leader)
+    servers.go_on()
     servers.wait_for_leader(other_than=leader)
     assert time.monotonic() - began < 60
     status = servers.ended(run_id)
@@ -82,9 +83,9 @@ def test_the_leader_is_killed_in_mid_run_and_nothing_is_lost(servers: Servers, e
 
 
 def test_postgres_is_away_for_ten_seconds_in_mid_run(servers: Servers, expected: str, postgres: Postgres):
-    run_id = servers.submit(TRAIN)
-    servers.saved(run_id, 1)
+    run_id = servers.begun(TRAIN)
     postgres.stop("immediate")
+    servers.go_on()
     began = time.monotonic()
     with servers.http() as http:
         answer = http.get("/api/ready")
@@ -102,10 +103,10 @@ def test_postgres_is_away_for_ten_seconds_in_mid_run(servers: Servers, expected:
 
 def test_a_leader_that_hangs_loses_the_lead_and_does_no_harm_when_it_is_back(servers: Servers, expected: str):
     leader = servers.wait_for_leader()
-    run_id = servers.submit(TRAIN)
-    servers.saved(run_id, 1)
+    run_id = servers.begun(TRAIN)
     servers.processes[leader].send_signal(signal.SIGSTOP)
     servers.forwarder.ports.remove(servers.ports[leader])
+    servers.go_on()
     second = servers.wait_for_leader(other_than=leader)
     servers.processes[leader].send_signal(signal.SIGCONT)
     servers.forwarder.ports.append(servers.ports[leader])

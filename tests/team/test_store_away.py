@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from tests.team.servers import Servers, wait_for
+from tests.team.servers import Servers
 from torture.bucket import Bucket
-from torture.machine import SETTINGS
+from torture.machine import SETTINGS, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -59,9 +59,9 @@ def test_a_run_ends_with_the_adapter_it_would_have_had(
         run_id = servers.submit(TRAIN)
         assert servers.ended(run_id)["state"] == "done"
         adapters["whole"] = servers.adapter(run_id)
-    run_id = servers.submit(TRAIN)
-    servers.saved(run_id, 1)
+    run_id = servers.begun(TRAIN)
     with team_bucket.away(silently=silently):
+        servers.go_on()
         began = time.monotonic()
         status, said = wait_for(lambda: found if (found := ready(servers))[0] != 200 else None, 60)
         assert (status, said) == (503, "does not answer" if silently else "can't be reached")
