@@ -52,7 +52,11 @@ class Preloaded:
             self._start()
 
     def fork(self, stdin: int, log: int) -> int | None:
-        """The pid of a worker that reads what it is from `stdin` and prints to `log`; None: there is none to be had."""
+        """The pid of a worker that reads what it is from `stdin` and prints to `log`.
+
+        None: there is none to be had, but there may be one that was not heard of in time. So `stdin` has to end then,
+        and be nobody else's.
+        """
         with self._lock:
             if self._process is None:
                 return None
