@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from flash.catalog.hardware import HardwareClass
-from flash.control_plane.engines import DrainEngine, EngineSnapshot
+from flash.control_plane.engines import DrainEngine, EngineSnapshot, NoteWait, StartEngine
 from flash.control_plane.reconciler import AttemptSnapshot, RunSnapshot, Snapshot, StartAttempt, decide
 from flash.control_plane.settings import ServerSettings
 from flash.errors import Unavailable
@@ -74,6 +74,16 @@ def test_only_an_engine_that_is_in_a_runs_way_yields_to_it(device: str):
     )
     actions = decide(Snapshot((queued("large", 40),), (device,), engines=(idle,), hardware=HARDWARE), 0.0, SETTINGS)
     assert [type(action) for action in actions] == ([DrainEngine] if device == LARGE else [])
+
+
+def test_an_engine_gets_a_device_that_holds_its_base():
+    engine = EngineSnapshot("e", "base", EngineState.WAITING, needs={"gpu": 40 * GB, "cpu": 80 * GB})
+    seen = Snapshot((), DEVICES, engines=(engine,), hardware=HARDWARE)
+    assert decide(seen, 0.0, SETTINGS) == [StartEngine("e", LARGE)]
+    small = replace(engine, needs={"gpu": GB, "cpu": 2 * GB})
+    assert decide(replace(seen, engines=(small,)), 0.0, SETTINGS) == [StartEngine("e", CPU)], "the first"
+    busy = replace(seen, runs=(on(LARGE, queued("r", 60)),))
+    assert decide(busy, 0.0, SETTINGS) == [NoteWait("e", f"waiting for a free device: {LARGE} trains a run")]
 
 
 def test_no_run_waits_for_good_while_its_orgs_small_ones_and_anothers_large_ones_start():

@@ -26,7 +26,7 @@ from flash.config.run import ADAPTER_REF
 from flash.control_plane import calling
 from flash.control_plane.calling import Host, NotReady, find_host
 from flash.control_plane.engines import shares
-from flash.control_plane.estimating import reachable
+from flash.control_plane.estimating import reachable, serving_needs
 from flash.control_plane.services import Services
 from flash.errors import FlashError, InvalidInput, ModelError, NotFound, Unavailable
 from flash.records import DeployAnswer, Deployment, DeployRequest, Revision
@@ -47,7 +47,6 @@ _SMOKE = {
     "temperature": 0.0,
     "logprobs": True,
 }
-_WIDTH = {"gpu": 2, "cpu": 4}  # bytes of a weight: bf16, fp32
 _BUSY = (429, 503)
 
 
@@ -117,8 +116,8 @@ def _read_catalog(home: Path, _changed_at: int) -> Catalog:
 
 
 def _fits(plane: Services, entry: ModelEntry) -> bool:
-    known = [hardware for _, hardware in reachable(plane)]
-    return not known or any(entry.params * _WIDTH[hardware.kind] <= hardware.memory for hardware in known)
+    known, needs = [hardware for _, hardware in reachable(plane)], serving_needs(entry)
+    return not known or any(needs[hardware.kind] <= hardware.memory for hardware in known)
 
 
 def _check_fits(plane: Services, entry: ModelEntry) -> None:

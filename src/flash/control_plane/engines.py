@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Container, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from flash.catalog.catalog import load_catalog
 from flash.client.engines import find_engine
+from flash.control_plane.estimating import serving_needs
 from flash.control_plane.services import Services
 from flash.control_plane.settings import ServerSettings
 from flash.errors import FlashError, InternalError, Unavailable
@@ -51,6 +52,7 @@ class EngineSnapshot:
     unused_s: float = 0.0  # since its last request ended; 0 while one is open
     unwanted_s: float = 0.0  # since someone last waited for it
     reason: str | None = None
+    needs: Mapping[str, int] = field(default_factory=dict, hash=False)  # while it waits: bytes by kind of device
 
 
 # --- what decide says ---------------------------------------------------------------------------------
@@ -238,7 +240,14 @@ class Engines:
             unused_s=0.0 if busy else min(watch_.elapsed(row.id, "used"), (row.stats.get(IDLE) or 0.0) + silent_s),
             unwanted_s=silent_s if row.state is EngineState.WAITING else 0.0,
             reason=row.reason,
+            needs=self._needs(row.model) if row.state is EngineState.WAITING else {},
         )
+
+    def _needs(self, model: str) -> Mapping[str, int]:
+        try:
+            return serving_needs(load_catalog(self._plane.settings.home).get(model))
+        except FlashError:  # its launch will say so
+            return {}
 
     def apply(self, action: EngineAction) -> bool:
         """Carries out one action; False if nothing changed."""

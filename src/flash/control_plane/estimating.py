@@ -135,6 +135,11 @@ def _dataset(size: SplitSize | None, spec: RunSpec, entry: ModelEntry) -> Datase
     return Dataset.of_text(entry, size.rows, size.input + (size.output if spec.algorithm == "sft" else 0.0))
 
 
+def serving_needs(entry: ModelEntry) -> dict[str, int]:
+    """Bytes that an engine needs at least, by kind of device: the base's weights, bf16 or fp32."""
+    return {"gpu": 2 * entry.params, "cpu": 4 * entry.params}
+
+
 def packaged_rows(plane: Services, sha256: str, size: int, params: Mapping[str, Any]) -> SplitSize | None:
     """The rows that a pushed package ships for these params; not to be asked inside a transaction: it unpacks."""
     if size > _LARGEST_PACKAGE:

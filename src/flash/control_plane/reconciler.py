@@ -345,7 +345,11 @@ def _place(snapshot: Snapshot, judged: set[str], now: float, settings: ServerSet
     org wait with it, since each that starts puts off their org's turn, and so this run, for good. What fits no device
     that there is stays queued until one comes.
     """
-    by_id = {run.run_id: run for run in snapshot.runs}
+    needs = {run.run_id: run.needs for run in snapshot.runs} | {each.engine_id: each.needs for each in snapshot.engines}
+
+    def fits(name: str, device: str) -> bool:
+        return _fits(needs[name], device, snapshot.hardware)
+
     runs_on = {attempt.device: run for run in snapshot.runs for attempt in run.attempts if attempt.live}
     engines_on = {engine.device: engine for engine in snapshot.engines if engine.device is not None}
     waiting: dict[str, bool] = {}  # what found no device, and whether it is an engine
@@ -364,20 +368,19 @@ def _place(snapshot: Snapshot, judged: set[str], now: float, settings: ServerSet
             runs_on[device] = item
             actions.append(StartAttempt(item.run_id, item.attempts[-1].epoch + 1 if item.attempts else 1, device))
         else:
-            device = next(iter(_free(snapshot.devices, engines_on, runs_on, settings)), None)
+            free = _free(snapshot.devices, engines_on, runs_on, settings)
+            device = next((name for name in free if fits(item.engine_id, name)), None)
             if device is None:
                 waiting[item.engine_id] = True
                 continue
             engines_on[device] = item
             actions.append(StartEngine(item.engine_id, device))
-    reason = wait_reason(snapshot.devices, runs_on, engines_on)
     for engine in snapshot.engines:
-        if waiting.get(engine.engine_id) and engine.reason != reason:
-            actions.append(NoteWait(engine.engine_id, reason))
-
-    def fits(name: str, device: str) -> bool:
-        return name not in by_id or _fits(by_id[name], device, snapshot.hardware)
-
+        if waiting.get(engine.engine_id):
+            usable = [device for device in snapshot.devices if fits(engine.engine_id, device)]
+            reason = wait_reason(usable, runs_on, engines_on)
+            if engine.reason != reason:
+                actions.append(NoteWait(engine.engine_id, reason))
     return [*actions, *yielding(snapshot.engines, waiting, settings, fits)]
 
 
@@ -398,19 +401,19 @@ def _best(run: RunSnapshot, free: Sequence[str], hardware: Mapping[str, Hardware
         known = hardware.get(device) if run.needs else None
         return run.gpus > 0 and device.startswith("cpu"), known.memory if known else 0
 
-    return min((device for device in free if _fits(run, device, hardware)), key=rank, default=None)
+    return min((device for device in free if _fits(run.needs, device, hardware)), key=rank, default=None)
 
 
-def _fits(run: RunSnapshot, device: str, hardware: Mapping[str, HardwareClass]) -> bool:
+def _fits(needs: Mapping[str, int], device: str, hardware: Mapping[str, HardwareClass]) -> bool:
     """False only where it is known."""
     known = hardware.get(device)
-    return known is None or run.needs.get(known.kind, 0) <= known.memory
+    return known is None or needs.get(known.kind, 0) <= known.memory
 
 
 def _overtaken(run: RunSnapshot, runs_on: Mapping[str, RunSnapshot], hardware: Mapping[str, HardwareClass]) -> bool:
     """Whether another org's younger run has a device that this one would fit."""
     return any(
-        other.org != run.org and other.created_at > run.created_at and _fits(run, device, hardware)
+        other.org != run.org and other.created_at > run.created_at and _fits(run.needs, device, hardware)
         for device, other in runs_on.items()
     )
 

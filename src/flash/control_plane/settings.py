@@ -138,7 +138,8 @@ class ServerSettings(BaseModel):
 
     host_user: str | None = Field(default=None, min_length=1)
     """The user of the operating system as whom environments run, with what `environment.pip` names: what people bring
-    is kept from the server's files and keys, its workers and other runs. Server and workers have to be root for it.
+    is kept from the server's files and keys, its workers and other runs. Workers have to be root for it, and so has the
+    server where they are this machine's.
     Left out: environments run as the server does."""
 
     preload: bool = True
