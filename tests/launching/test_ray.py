@@ -192,7 +192,7 @@ class Head:
         listed = [{"node_id": name, "state": "ALIVE", "resources_total": has} for name, has in nodes.items()]
         gpu = {"name": "NVIDIA L4", "memoryTotal": 23034}
         told = [{"raylet": {"nodeId": name}, "gpus": [gpu] * int(has.get("GPU", 0))} for name, has in nodes.items()]
-        self.nodes = listed
+        self.nodes, self.told = listed, told
         answers = {
             "/api/jobs/": jobs,
             "/api/v0/nodes": {"data": {"result": {"result": listed}}},
@@ -312,6 +312,16 @@ def _raises(kind: type[Exception], call: Any) -> bool:
     except kind:
         return True
     return False
+
+
+def test_a_node_that_has_just_come_is_described_at_once(head: Any):
+    there = head()
+    ray = there.launcher()
+    assert len(ray.describe()) == 2
+    there.nodes.append({"node_id": "cc" * 28, "state": "ALIVE", "resources_total": {"GPU": 1}})
+    there.told.append({"raylet": {"nodeId": "cc" * 28}, "gpus": [{"name": "NVIDIA H100", "memoryTotal": 81559}]})
+    wait_for(lambda: "cuda:cccccccc.0" in ray.devices())
+    wait_for(lambda: ("NVIDIA H100", 81559) in [(found.kind, found.memory >> 20) for found in ray.describe()], 30)
 
 
 def test_a_launch_whose_answer_is_lost_is_asked_for_and_else_told_as_such(head: Any):

@@ -119,6 +119,8 @@ class RayLauncher:
     def _describe(self) -> list[Device]:
         slots = self._slots()
         gpus = self._gpus.get(_HARDWARE_S) if any(slot.gpu for slot in slots) else {}
+        if any(slot.gpu and slot.node not in gpus for slot in slots):  # a node that has just come
+            gpus = self._gpus.get(_FRESH_S)
         found = []
         for slot in slots:
             if not slot.gpu:
@@ -161,10 +163,8 @@ class RayLauncher:
         if job is not None:
             self._missed.pop(handle, None)
             return Probe.DEAD if job["status"] in _TERMINAL else Probe.ALIVE
-        now = time.monotonic()
-        since = self._missed.setdefault(handle, now)
-        if now - since < self._lost_s:
-            self._missed = {each: then for each, then in self._missed.items() if now - then < self._lost_s + _KEPT_S}
+        since = self._missed.setdefault(handle, time.monotonic())
+        if time.monotonic() - since < self._lost_s:
             return Probe.UNKNOWN
         self._missed.pop(handle, None)
         return Probe.DEAD
@@ -181,6 +181,8 @@ class RayLauncher:
         jobs = self._jobs.get(0.0)
         mine = {handle: job for handle, job in jobs.items() if job["owner"] == self._owner}
         self._sweep(mine)
+        before = time.monotonic() - self._lost_s - _KEPT_S  # nobody asks for these any more
+        self._missed = {handle: since for handle, since in self._missed.items() if since > before}
         return {job["worker"]: handle for handle, job in mine.items() if job["status"] not in _TERMINAL}
 
     # --- what is asked for ---------------------------------------------------------------------------------
