@@ -67,6 +67,19 @@ def test_a_run_that_fits_no_free_device_waits_and_holds_no_one_up():
     assert placed(queued("huge", 200), queued("tiny", 2)) == {"tiny": SMALL}
 
 
+def test_an_orgs_small_runs_wait_with_its_large_one_only_where_it_was_overtaken():
+    large, tiny = queued("large", 40, org="a", created_at=1.0), queued("tiny", 2, org="a", created_at=2.0)
+    older, younger = (on(LARGE, queued("b", 60, org="b", created_at=at)) for at in (0.0, 3.0))
+    assert placed(older, large, tiny) == {"tiny": SMALL}
+    assert placed(younger, large, tiny) == {}
+    assert placed(younger, tiny) == {"tiny": SMALL}
+    assert placed(younger, large, replace(tiny, org="c")) == {"tiny": SMALL}
+    own = on("cuda:bb.1", queued("mine", 60, org="a"))
+    hardware = {**HARDWARE, "cuda:bb.1": HARDWARE[LARGE]}
+    seen = Snapshot((younger, own, large, tiny), (*DEVICES, "cuda:bb.1"), hardware=hardware)
+    assert decide(seen, 0.0, SETTINGS) == [StartAttempt("tiny", 1, SMALL)], "its org has its share of the large ones"
+
+
 @pytest.mark.parametrize("device", [SMALL, LARGE])
 def test_only_an_engine_that_is_in_a_runs_way_yields_to_it(device: str):
     idle = EngineSnapshot(

@@ -341,9 +341,9 @@ def _place(snapshot: Snapshot, judged: set[str], now: float, settings: ServerSet
     Where nothing is free, idle engines are asked to leave.
 
     A run that fits none of the free devices lets those behind it start, and keeps its place: it gets the next device
-    that it fits, at its turn. Where a younger run of another org has got one before it, the runs behind it of its own
-    org wait with it, since each that starts puts off their org's turn, and so this run, for good. What fits no device
-    that there is stays queued until one comes.
+    that it fits, at its turn. Where its org has none of these and a younger run of another org has got one, the runs
+    behind it of its own org wait with it: whatever they start on counts as their org's share, so that its turn, and
+    this run, might never come. What fits no device that there is stays queued until one comes.
     """
     needs = {run.run_id: run.needs for run in snapshot.runs} | {each.engine_id: each.needs for each in snapshot.engines}
 
@@ -411,11 +411,9 @@ def _fits(needs: Mapping[str, int], device: str, hardware: Mapping[str, Hardware
 
 
 def _overtaken(run: RunSnapshot, runs_on: Mapping[str, RunSnapshot], hardware: Mapping[str, HardwareClass]) -> bool:
-    """Whether another org's younger run has a device that this one would fit."""
-    return any(
-        other.org != run.org and other.created_at > run.created_at and _fits(run.needs, device, hardware)
-        for device, other in runs_on.items()
-    )
+    """Whether of the devices that this run fits its org has none, and another org's younger run has one."""
+    on_these = [other for device, other in runs_on.items() if _fits(run.needs, device, hardware)]
+    return any(other.created_at > run.created_at for other in on_these) and run.org not in {o.org for o in on_these}
 
 
 def _queue(
