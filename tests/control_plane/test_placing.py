@@ -171,3 +171,15 @@ def test_what_gets_no_worker_just_now_is_planned_with(world, reachable: bool):
     assert status["state"] == "queued" and status["managed"]["estimated_s"] > 0
     refused = world.call("POST", "/api/runs", json={"config": {**config, "model": "Qwen/Qwen3.6-35B-A3B"}})
     assert refused.status_code == 422 and "has 80 GB" in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("wish", ["auto", "vllm", "flash"])
+@pytest.mark.parametrize("world", [{"engine_wait_s": 0.0}], indirect=True)
+def test_whether_vllm_is_there_is_a_nodes_to_say(world, wish: str):
+    world.plane.settings = world.plane.settings.model_copy(update={"engine": wish, "launcher": "ray"})
+    world.launcher._devices = (LARGE,)
+    asked = {"model": "flash/nano", "messages": [{"role": "user", "content": "x"}]}
+    world.call("POST", "/v1/chat/completions", json=asked)
+    world.settle()
+    [request] = world.launcher.requests.values()
+    assert request.engine["vllm_python"] == (None if wish == "flash" else wish)
