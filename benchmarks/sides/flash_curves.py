@@ -3,7 +3,6 @@
 Reads a job (JSON on stdin), prints one JSON line: seconds of every step, by curve and point.
 """
 
-import dataclasses
 import json
 import queue
 import sys
@@ -14,50 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from flash_side import Clock, Questions, loaded, spec_of
 
-from flash.config.load import parse_config
-from flash.config.recipes import resolve
-from flash.environments.protocol import EnvironmentInfo, EpisodeStart, FinishedEpisode, Rows, Score, SFTTarget
+from flash.environments.protocol import SFTTarget
 from flash.inference.continuous import ContinuousEngine
 from flash.inference.engine import Failed, Request, Sampled, Sampling
-from flash.inference.lanes import share_cpus
-from flash.inference.loading import BaseModel, load_base
 from flash.inference.lora import save_adapter
 from flash.training import grpo, sft
-from flash.training.reporter import RecordingReporter
 
 
-class Questions:
-    """The job's inputs, one row each; the reward is made up so that groups are hardly ever equal."""
-
-    def __init__(self, inputs: list[str]) -> None:
-        self._inputs = inputs
-
-    def info(self) -> EnvironmentInfo:
-        return EnvironmentInfo(multi_turn=False, splits=("train",))
-
-    def rows(self, split: str | None = None, *, limit: int = 0) -> Rows:
-        return Rows("train", "", len(self._inputs))
+class Answered(Questions):
+    """With an answer to imitate."""
 
     def targets(self, split: str, indices: Sequence[int]) -> list[SFTTarget]:
         answer = [{"role": "assistant", "content": "It is the sum of the two."}]
         return [SFTTarget(start.messages, answer) for start in self.start(split, indices, seed=0)]
-
-    def start(self, split: str, indices: Sequence[int], *, seed: int) -> list[EpisodeStart]:
-        return [EpisodeStart([{"role": "user", "content": self._inputs[index]}], 1) for index in indices]
-
-    def score(self, split: str, index: int, episodes: Sequence[FinishedEpisode], *, seed: int) -> list[Score]:
-        return [Score(float(len(episode.response_text) % 7)) for episode in episodes]
-
-
-class Clock(RecordingReporter):
-    def __init__(self) -> None:
-        super().__init__()
-        self.ends: list[float] = []
-
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        if "loss" in values:
-            self.ends.append(time.perf_counter())
 
 
 def main() -> None:
@@ -75,29 +45,21 @@ def main() -> None:
     print(json.dumps(points))
 
 
-def loaded(job: Mapping[str, Any]) -> BaseModel:
-    # no token ends a completion, so that every one has max_tokens
-    base = dataclasses.replace(load_base(Path(job["model"])), stop_ids=())
-    return dataclasses.replace(base, lanes=share_cpus(base.model, job["threads"]))  # as the trainer does
-
-
 def training(job: Mapping[str, Any], curve: str, at: int) -> list[float]:
     """Seconds of each step but the first."""
     algorithm = "sft" if curve == "rank" else "grpo"
     train = {**job[algorithm], "lora_rank": job["lora_rank"], "lora_alpha": 64, "learning_rate": 1e-4}
-    train |= {"save_every": 1_000_000, "lora_rank" if curve == "rank" else curve: at}
-    tables = {"model": "flash/nano", "algorithm": algorithm, "environment": {"id": "local/bench"}, "train": train}
-    config, _ = parse_config(tables)
-    clock = Clock()
+    train["lora_rank" if curve == "rank" else curve] = at
+    clock, base = Clock(), loaded(job, endless=True)
     with tempfile.TemporaryDirectory() as folder:
         run = sft.train if algorithm == "sft" else grpo.train
-        run(resolve(config, seed=0), loaded(job), Questions(job["inputs"]), clock, work_dir=Path(folder))
+        run(spec_of(train, algorithm=algorithm), base, Answered(job["inputs"]), clock, work_dir=Path(folder))
     return [after - before for before, after in zip(clock.ends, clock.ends[1:], strict=False)]
 
 
 def serving(job: Mapping[str, Any], folder: Path) -> ContinuousEngine:
     """An engine with as many random adapters as the curve goes up to."""
-    base = loaded(job)
+    base = loaded(job, endless=True)
     count = max(job["curves"]["adapters"])
     engine = ContinuousEngine(base, max_device_adapters=count)
     for number in range(count):
