@@ -37,7 +37,7 @@ test: setup  ## the tests (minutes, no services)
 	@$(BIN)/pytest -m "not slow and not gpu" -n $(JOBS) --dist loadfile
 
 test-slow: setup  ## the tests that need services, a browser, or minutes
-	@$(BIN)/pytest -m "slow and not gpu" --timeout 900
+	@$(BIN)/pytest -m "slow and not gpu" -n $(JOBS) --dist loadfile --timeout 900
 
 check: setup  ## lint, types, import directions
 	@$(BIN)/ruff check .

@@ -4,7 +4,8 @@ curve of score over time.
 The same rows, reward, LoRA, optimiser, batch and threads on both sides, three seeds, alternating. First with one
 learning rate for both; then each side with the better of two, found on the first seed. The score is the step's mean
 reward (GRPO), or minus its mean loss on rows not seen before (SFT), averaged over five steps; time counts from the end
-of the first step, whose own time from the start of the process is measured beside. One command:
+of the first step, whose own time from the start of the process is measured beside. SFT, whose rate falls, has the same
+steps on both sides; GRPO the same time, which is what TRL takes for its steps. One command:
 `python benchmarks/run.py quality`.
 """
 
@@ -81,7 +82,7 @@ def area(curve: Curve, until: float, floor: float) -> float:
 
 def compared(ours: Curve, theirs: Curve) -> dict[str, float]:
     """Ratios of ours to theirs: times to shares of the peer's best, and areas over the time that the peer took. Where
-    ours never got counts as that whole time."""
+    ours did not get counts as that whole time."""
     ours, theirs = smooth(ours), smooth(theirs)
     floor = min(score for _, score in (*ours, *theirs))
     best = max(score for _, score in theirs)
@@ -98,9 +99,12 @@ def main() -> None:
     peers = ensure_peers()
 
     def run(task: dict[str, Any], rates: tuple[float, float], seed: int) -> tuple[Curve, Curve]:
-        sides = ((sys.executable, "flash_quality.py"), (peers, "trl_quality.py"))
-        found = [run_side(*side, job(task, rate, seed))["curve"] for side, rate in zip(sides, rates, strict=True)]
-        return found[0], found[1]
+        theirs: Curve = run_side(peers, "trl_quality.py", job(task, rates[1], seed))["curve"]
+        ours = job(task, rates[0], seed)
+        if task["algorithm"] == "grpo":
+            ours["train"]["steps"] *= 10  # more than there is time for
+            ours["limit_s"] = theirs[-1][0] - theirs[0][0]
+        return run_side(sys.executable, "flash_quality.py", ours)["curve"], theirs
 
     results: dict[str, Any] = {}
     first: list[tuple[float, float]] = []

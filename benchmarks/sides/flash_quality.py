@@ -7,7 +7,9 @@ import time
 
 BEGAN = time.perf_counter()
 
+import contextlib  # noqa: E402
 import json  # noqa: E402
+import math  # noqa: E402
 import sys  # noqa: E402
 import tempfile  # noqa: E402
 from collections.abc import Mapping  # noqa: E402
@@ -21,24 +23,31 @@ from flash.training import grpo, sft  # noqa: E402
 from flash.training.reporter import RecordingReporter  # noqa: E402
 
 
-class Curve(RecordingReporter):
-    """(seconds since the process began, score) of each step."""
+class TimeIsOver(Exception):
+    pass
 
-    def __init__(self) -> None:
+
+class Curve(RecordingReporter):
+    """(seconds since the process began, score) of each step; ends the run `limit_s` after its first one."""
+
+    def __init__(self, limit_s: float) -> None:
         super().__init__()
+        self._limit_s = limit_s
         self.points: list[tuple[float, float]] = []
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         score = values["reward"] if "reward" in values else -values["loss"] if "loss" in values else None
         if score is not None:
             self.points.append((time.perf_counter() - BEGAN, score))
+            if self.points[-1][0] - self.points[0][0] >= self._limit_s:
+                raise TimeIsOver
 
 
 def main() -> None:
     job = json.load(sys.stdin)
-    rows, base, curve = job["rows"], loaded(job), Curve()
+    rows, base, curve = job["rows"], loaded(job), Curve(job.get("limit_s", math.inf))
     spec = spec_of(job["train"], algorithm=job["algorithm"], thinking=job["thinking"], seed=job["seed"])
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(TimeIsOver):
         if job["algorithm"] == "grpo":
             questions = Questions([row["input"] for row in rows], lambda i, answer: reward(answer, rows[i]["output"]))
             grpo.train(spec, base, questions, curve, work_dir=Path(folder))

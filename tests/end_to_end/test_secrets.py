@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
 from pathlib import Path
 
+import psutil
 import pytest
 from torture.machine import SCRIPTED_SERVER, Machine, wait_for
 
@@ -67,10 +69,11 @@ def test_a_secret_is_nowhere_but_with_the_environment(machine: Machine, mode: st
 
     def ended() -> bool:
         for process in machine.processes(run_id):
-            shown.add(" ".join(process.cmdline()))
-            host = any("environment_host" in part for part in process.cmdline())
-            if not host and CANARY in json.dumps(process.environ()):
-                shown.add(f"{CANARY} in the variables of {process.cmdline()}")
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+                command, variables = " ".join(process.cmdline()), process.environ()
+                shown.add(command)
+                if "environment_host" not in command and CANARY in json.dumps(variables):
+                    shown.add(f"{CANARY} in the variables of {command}")
         return machine.status(run_id)["state"] in ("done", "failed")
 
     wait_for(ended, 100, 0.1)

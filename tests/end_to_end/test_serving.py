@@ -38,7 +38,7 @@ class Serving(Machine):
         return str(json.loads(out)["run_id"])
 
     def hosts(self) -> list[psutil.Process]:
-        return [each for each in self.processes() if "flash.serving.host" in each.cmdline()]
+        return self.processes("flash.serving.host")
 
     def api(self) -> httpx.Client:
         """The address and the key as `flash deployments --json` gives them."""

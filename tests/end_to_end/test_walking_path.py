@@ -81,12 +81,13 @@ class Machine:
     def status(self, run_id: str) -> dict[str, object]:
         return json.loads(self.flash("status", run_id))
 
-    def processes(self) -> list[psutil.Process]:
-        """Whatever lives with this home in its environment."""
+    def processes(self, module: str | None = None) -> list[psutil.Process]:
+        """Whatever lives with this home in its environment, and runs that module."""
         found = []
         for process in psutil.process_iter():
             try:
-                if process.environ().get("FLASH_HOME") == str(self.home):
+                own = process.environ().get("FLASH_HOME") == str(self.home)
+                if own and (module is None or module in process.cmdline()):
                     found.append(process)
             except psutil.Error:
                 continue

@@ -134,7 +134,8 @@ def test_a_worker_is_launched_once_found_again_and_killed_with_all_it_started(cl
     assert not [name for name in variables if name.startswith("RAY_")] and TICKET not in variables
     assert variables["CUDA_VISIBLE_DEVICES"] == "" and json.loads(variables["FLASH_WORKER_SETTINGS"])["threads"] == 1
     assert Path(supervisor.cwd()) == cluster.home(1) / "work" / attempt
-    told = json.dumps(cluster.jobs()) + "".join(" ".join(each.cmdline()) for each in psutil.process_iter())
+    commands = [each.info["cmdline"] for each in psutil.process_iter(["cmdline"])]
+    told = json.dumps([cluster.jobs(), commands])
     assert TOKEN not in told and cluster.token not in json.dumps(variables)
 
     later.kill(handle)
