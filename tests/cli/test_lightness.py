@@ -13,7 +13,9 @@ HEAVY = {
     "huggingface_hub",
 }  # fmt: skip
 HTTP = {"httpx", "psutil"}
-PRINT_MODULES = "import json, sys; print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
+PRINT_MODULES = (
+    "import json, sys; print(json.dumps(sorted({name.split('.')[0] for name, module in sys.modules.items() if module})))"
+)
 
 
 def imported(code: str) -> set[str]:
@@ -38,6 +40,11 @@ def test_help_imports_neither_http_nor_validation_nor_terminal():
 def test_a_dry_run_imports_neither_http_nor_terminal(config):
     found = after_command(["train", str(config), "--dry-run"])
     assert not found & (HEAVY | HTTP | {"rich"})
+
+
+def test_http_comes_without_a_terminal():
+    found = imported("import flash.cli.main, httpx\nhttpx.Client().close()\n" + PRINT_MODULES)
+    assert "httpx" in found and not found & {"rich", "pygments"}
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,10 @@ from typer.core import TyperGroup
 from flash import __version__
 from flash.cli.output import FAILED, INTERRUPTED, Globals, globals_of, report
 
+# httpx brings a command line of its own along, with a terminal library that takes longer to import than all the rest of
+# it; it does without where that can't be imported.
+sys.modules.setdefault("httpx._main", None)  # type: ignore[arg-type]
+
 
 @dataclass(frozen=True)
 class Entry:
