@@ -14,7 +14,7 @@ HEAVY = {
 }  # fmt: skip
 HTTP = {"httpx", "psutil"}
 PRINT_MODULES = (
-    "import json, sys; print(json.dumps(sorted({name.split('.')[0] for name, module in sys.modules.items() if module})))"
+    "import json, sys; print(json.dumps(sorted({name.split('.')[0] for name, found in sys.modules.items() if found})))"
 )
 
 
