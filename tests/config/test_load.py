@@ -177,6 +177,17 @@ def test_unknown_keys_get_a_hint(key, hint, problems):
     assert hint in line
 
 
+def test_a_key_may_be_called_as_validation_calls_keys(problems):
+    """Overrides of any text came upon it."""
+    tables = {**with_key("train.epochs", 1), "[key]": 1}
+    tables["environment"] = {**tables["environment"], "[key]": 2}
+    tables["worker_env"] = {"[key]": 3, "A B": "c"}
+    found = problems(lambda: parse_config(tables))
+    assert {line.partition(": ")[0] for line in found} == {
+        'environment."[key]" = 2', 'worker_env."[key]"', 'worker_env."[key]" = 3', 'worker_env."A B"', '"[key]" = 1',
+    }  # fmt: skip
+
+
 def test_an_unknown_model_is_refused_with_the_nearest(problems):
     [line] = problems(lambda: parse_config({**BASE, "model": "qwen/qwen3.5-4b"}))
     assert line.startswith('model = "qwen/qwen3.5-4b": is not in the catalog; did you mean Qwen/Qwen3.5-4B?')

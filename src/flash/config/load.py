@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from flash.catalog.catalog import Catalog, load_catalog
 from flash.config.overrides import apply_override, merge
-from flash.config.problems import dotted, problem_lines, sound_part
+from flash.config.problems import dotted, path_of, problem_lines, sound_part
 from flash.config.recipes import model_problems, train_defaults
 from flash.config.run import Algorithm, RunConfig, TrainSection, keys_of
 from flash.errors import ConfigError
@@ -82,7 +82,7 @@ def parse_config(
         sound = sound_part(tables, details)
         lines = problem_lines(details, sound)
         if sound:
-            faulty = {dotted(detail["loc"]) for detail in details}
+            faulty = {dotted(path_of(detail)) for detail in details}
             lines += [line for key, line in cross_problems(sound, catalog) if key not in faulty]
         raise ConfigError(list(dict.fromkeys(lines))) from None
     if problems := cross_problems(config, catalog):

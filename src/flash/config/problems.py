@@ -29,8 +29,8 @@ def problem_lines(details: Sequence[ErrorDetails], sound: RunConfig | None) -> l
 
 
 def _lines(detail: ErrorDetails, sound: RunConfig | None) -> Iterator[str]:
-    path = _path(detail["loc"])
-    key, value = dotted(detail["loc"]), detail["input"]
+    path = path_of(detail)
+    key, value = dotted(path), detail["input"]
     match detail["type"]:
         case "missing":
             yield f"{key}: is required and missing; {_REQUIRED.get(key, 'add it')}"
@@ -42,12 +42,12 @@ def _lines(detail: ErrorDetails, sound: RunConfig | None) -> Iterator[str]:
             yield f"{key} = {shown(value, path)}: must be a table; write [{key}]{line}"
         case "value_error" if isinstance(error := detail["ctx"]["error"], FaultsError):
             for below, rule in error.faults:
-                yield f"{dotted((*detail['loc'], *below))}: {_with_remedy(rule, key, sound)}"
+                yield f"{dotted((*path, *map(str, below)))}: {_with_remedy(rule, key, sound)}"
         case kind:
             rule, appearance = _with_remedy(_rule(kind, detail), key, sound), shown(value, path)
             if appearance == HIDDEN:
                 rule = rule.replace(value, HIDDEN) if value else rule
-            yield f"{key}: {rule}" if "[key]" in detail["loc"] else f"{key} = {appearance}: {rule}"
+            yield f"{key}: {rule}" if len(path) < len(detail["loc"]) else f"{key} = {appearance}: {rule}"
 
 
 def _rule(kind: str, detail: ErrorDetails) -> str:
@@ -152,13 +152,15 @@ def known_keys() -> list[str]:
 # --- keys and values on one line ----------------------------------------------------------------------
 
 
-def _path(loc: Sequence[int | str]) -> Path:
-    return tuple(str(part) for part in loc if part != "[key]")
+def path_of(detail: ErrorDetails) -> Path:
+    """Where the fault is. Validation adds "[key]" where it is a key itself; someone's key may be called so, too."""
+    path = tuple(str(part) for part in detail["loc"])
+    return path[:-1] if path[1:] and path[-1] == "[key]" and path[-2] == str(detail["input"]) else path
 
 
-def dotted(loc: Sequence[int | str]) -> str:
+def dotted(path: Path) -> str:
     """`a.b`, with parts quoted as in TOML where they are no bare keys."""
-    return ".".join(_shown_part(part) for part in _path(loc))
+    return ".".join(_shown_part(part) for part in path)
 
 
 def _shown_part(part: str) -> str:
@@ -200,7 +202,7 @@ def sound_part(tables: Mapping[str, Any], details: Sequence[ErrorDetails]) -> Ru
 
     A faulty model or environment is replaced by a name that stands for none. None where nothing is valid.
     """
-    sound = _without(tables, [_path(detail["loc"]) for detail in details])
+    sound = _without(tables, [path_of(detail) for detail in details])
     sound.setdefault("model", "faulty")
     environment = sound.get("environment")
     sound["environment"] = {"id": "faulty/faulty", **(environment if isinstance(environment, dict) else {})}
