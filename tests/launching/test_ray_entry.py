@@ -8,14 +8,13 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from tests.launching.plane import Plane
 from torture.machine import wait_for
 
 from flash.launching.lineage import alive
@@ -48,33 +47,6 @@ from flash.launching.ray_entry import main
 worker = (sys.executable, "-S", "-c", {WORKER!r})
 main({{"attempt": worker, "engine": worker}})
 """
-
-
-class Plane:
-    """Answers each ticket with `hello`."""
-
-    def __init__(self) -> None:
-        self.hello: dict[str, Any] = {"work_dir": "-"}
-        plane = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                data = json.dumps(plane.hello).encode()
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
 
 
 class Node:
