@@ -55,11 +55,12 @@ def gradients(policy: Policy) -> list[torch.Tensor]:
     return [logprobs.detach(), *found]
 
 
+@pytest.mark.parametrize("rank", [4, 24], ids=["narrow adapter", "wide adapter"])
 @pytest.mark.parametrize("layout", MODELS)
-def test_values_and_gradients_are_the_models_own(layout: str, base: BaseModel) -> None:
+def test_values_and_gradients_are_the_models_own(layout: str, rank: int, base: BaseModel) -> None:
     torch.manual_seed(0)
     base = based_on(base, MODELS[layout]())
-    policy = build_policy(base, rank=4, alpha=8, seed=0)
+    policy = build_policy(base, rank=rank, alpha=8, seed=0)
     with torch.no_grad():
         for pair in policy.adapter.pairs.values():
             pair.B.normal_(std=0.1)

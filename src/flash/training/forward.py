@@ -240,6 +240,15 @@ def _adapted_backward(
     grad_N_O: Tensor, x_N_I: Tensor, As: list[Tensor], Bs: list[Tensor], scalings: list[float]
 ) -> list[Tensor]:
     """Gradients of A, B, A, B, ..."""
+    found: list[Tensor] = []
+    of_factors = 2 * sum([A.numel() for A in As]) + 2 * sum([B.numel() for B in Bs])  # products a token
+    if grad_N_O.size(-1) * x_N_I.size(-1) <= of_factors:
+        # for wide adapters the whole weight's gradient is less work, and those of its factors follow from it
+        of_weights = (grad_N_O.t() @ x_N_I).split([B.size(0) for B in Bs])
+        for i in range(len(As)):
+            found.append((Bs[i].t() @ of_weights[i]).mul_(scalings[i]))
+            found.append((of_weights[i] @ As[i].t()).mul_(scalings[i]))
+        return found
     low_N_R = x_N_I @ torch.cat(As).t()
     grad_low_N_R = torch.empty_like(low_N_R)
     of_Bs: list[Tensor] = []
@@ -251,7 +260,6 @@ def _adapted_backward(
         out += Bs[i].size(0)
         rank += As[i].size(0)
     of_As = (grad_low_N_R.t() @ x_N_I).split([A.size(0) for A in As])
-    found: list[Tensor] = []
     for i in range(len(As)):
         found.append(of_As[i])
         found.append(of_Bs[i])
