@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flash.inference.chat import RenderedTarget
-from flash.training.batches import TokenRows, batch_indices, collate, micro_batches, steps_per_epoch
+from flash.training.batches import TokenRows, batch_indices, collate, epoch_order, micro_batches, steps_per_epoch
 
 LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=40)
 
@@ -40,6 +43,13 @@ def test_micro_batches_hold_every_row_once_within_the_budget(lengths: list[int],
     for group in groups:
         padded = max(lengths[int(i)] for i in group) * len(group)
         assert len(group) == 1 or padded <= budget
+
+
+@given(rows=st.integers(0, 3000), seed=st.integers(0, 2**63), epoch=st.integers(0, 5))
+def test_an_epochs_order_is_numpys_permutation(rows: int, seed: int, epoch: int) -> None:
+    """So that runs which were begun before go on with the rows that they would have met."""
+    expected = np.random.default_rng([seed, epoch]).permutation(rows)
+    assert epoch_order.__wrapped__(rows, seed, epoch).tolist() == expected.tolist()
 
 
 @settings(max_examples=60, deadline=None)
@@ -84,3 +94,29 @@ def test_rows_come_back_from_their_file_as_they_were(rows, tmp_path_factory) -> 
     assert [stored[i] for i in range(len(stored))] == targets
     everything = np.arange(len(stored))
     assert stored.trained_tokens(everything) == sum(sum(target.trained[1:]) for target in targets)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_stays_flat_through_a_pass_over_many_rows(tmp_path: Path) -> None:
+    count, target = 100_000, RenderedTarget(tuple(range(100)), 60)
+    tracemalloc.start()
+    TokenRows.write(tmp_path / "rows", (target for _ in range(count)))
+    _, writing = tracemalloc.get_traced_memory()
+    tracemalloc.reset_peak()
+    rows = TokenRows(tmp_path / "rows")
+    batch = batch_indices(count, 32, seed=7, step=2)
+    assert rows.lengths[batch].sum() == 3200 and rows.trained_tokens(batch) == 40 * 32
+    _, opening = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert writing < 1e6  # in all
+    assert opening < 6 * count  # bytes: the order of a pass, and little else
+
+    before = mapped_bytes()
+    assert all(rows[index] == target for index in range(count))
+    assert mapped_bytes() - before < 10e6  # of 40 MB that were read
+
+
+def mapped_bytes() -> int:
+    """Bytes of files that count as this process's memory."""
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssFile:")]
+    return 1024 * int(line.split()[1])

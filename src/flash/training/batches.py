@@ -6,11 +6,16 @@ of models, losses or where rows come from.
 
 from __future__ import annotations
 
+import os
+import shutil
+import struct
+import weakref
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,63 +30,62 @@ _MOST_HIDDEN = 1 << 22  # entries (16 MB) of a table that says which positions s
 LEAST_TOKENS = 128  # fewer are not worth a lane of their own
 
 Ints = npt.NDArray[np.int64]
+_TOKEN = np.dtype(np.int32)
+_ENTRY = struct.Struct("=qii")  # a row of the index, as _ROW
+_ROW = np.dtype([("end", np.int64), ("trained_from", np.int32), ("length", np.int32)])
 
 
 class TokenRows:
-    """Rendered targets in one flat file of int32 tokens, memory-mapped: memory stays flat however many."""
+    """Rendered targets in a folder, read a row at a time: memory stays flat however many.
 
-    def __init__(self, tokens: npt.NDArray[np.int32], ends: Ints, trained_from: Ints) -> None:
-        self._tokens = tokens
-        self._ends = ends
-        self._trained_from = trained_from
-        self.lengths: Ints = np.diff(ends, prepend=0)
+    `tokens` is one flat file of int32; `index` says of each row where it ends, from where on it is trained and how
+    long it is, and is mapped. Tokens are read, not mapped: pages that a pass has touched would count as this process's.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Raises OSError or ValueError where the folder is not what `write` left."""
+        self._folder = folder
+        self._index = _mapped(folder / "index")
+        self._tokens = os.open(folder / "tokens", os.O_RDONLY)
+        weakref.finalize(self, os.close, self._tokens)
+        total = int(self._index["end"][-1]) if len(self._index) else 0
+        if os.fstat(self._tokens).st_size != total * _TOKEN.itemsize:
+            raise ValueError(f"{folder} is not whole")
+        self.lengths: npt.NDArray[np.int32] = self._index["length"]
 
     @classmethod
-    def write(cls, path: Path, targets: Iterable[RenderedTarget]) -> TokenRows:
-        """Streams the targets into `path` and opens it."""
-        ends, trained_from = array("q"), array("q")
+    def write(cls, folder: Path, targets: Iterable[RenderedTarget]) -> TokenRows:
+        """Streams the targets into `folder`, which is made where it is not there, and opens it."""
+        folder.mkdir(exist_ok=True)
         total = 0
-        with path.open("wb") as file:
+        with (folder / "tokens").open("wb") as tokens, (folder / "index").open("wb") as index:
             for target in targets:
-                file.write(np.asarray(target.tokens, dtype=np.int32).tobytes())
+                tokens.write(array("i", target.tokens))
                 total += len(target.tokens)
-                ends.append(total)
-                trained_from.append(target.trained_from)
-        return cls(_mapped(path), np.frombuffer(ends, dtype=np.int64), np.frombuffer(trained_from, dtype=np.int64))
+                index.write(_ENTRY.pack(total, target.trained_from, len(target.tokens)))
+        return cls(folder)
 
     def save(self, folder: Path) -> None:
-        """Writes everything into a new folder, for `open`."""
-        folder.mkdir()
-        self._tokens.tofile(folder / "tokens")
-        np.save(folder / "ends.npy", self._ends)
-        np.save(folder / "trained_from.npy", self._trained_from)
-
-    @classmethod
-    def open(cls, folder: Path) -> TokenRows:
-        """Raises OSError or ValueError where the folder is not what `save` left."""
-        tokens = _mapped(folder / "tokens")
-        ends, trained_from = (np.load(folder / name) for name in ("ends.npy", "trained_from.npy"))
-        if len(ends) != len(trained_from) or len(tokens) != (ends[-1] if len(ends) else 0):
-            raise ValueError(f"{folder} is not whole")
-        return cls(tokens, ends, trained_from)
+        """Copies everything into a new folder, to be opened later."""
+        shutil.copytree(self._folder, folder)
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self._index)
 
     def __getitem__(self, index: int) -> RenderedTarget:
-        end = int(self._ends[index])
-        row = self._tokens[end - int(self.lengths[index]) : end]
-        return RenderedTarget(tuple(int(token) for token in row), int(self._trained_from[index]))
+        end, trained_from, length = self._index[index].item()
+        row = os.pread(self._tokens, length * _TOKEN.itemsize, (end - length) * _TOKEN.itemsize)
+        return RenderedTarget(tuple(array("i", row)), trained_from)
 
     def trained_tokens(self, indices: Ints) -> int:
         """How many tokens of these rows are trained; a row's very first token never is."""
-        return int((self.lengths[indices] - np.maximum(self._trained_from[indices], 1)).sum())
+        return int((self.lengths[indices] - np.maximum(self._index["trained_from"][indices], 1)).sum())
 
 
-def _mapped(path: Path) -> npt.NDArray[np.int32]:
+def _mapped(path: Path) -> npt.NDArray[np.void]:
     if path.stat().st_size == 0:  # nothing can be mapped
-        return np.zeros(0, dtype=np.int32)
-    return np.memmap(path, dtype=np.int32, mode="r")
+        return np.zeros(0, dtype=_ROW)
+    return np.asarray(np.memmap(path, dtype=_ROW, mode="r"))
 
 
 def steps_per_epoch(rows: int, batch_size: int) -> int:
@@ -93,18 +97,24 @@ def batch_indices(rows: int, batch_size: int, *, seed: int, step: int) -> Ints:
     be short, so that an epoch is exactly one pass."""
     epoch, position = divmod(step - 1, steps_per_epoch(rows, batch_size))
     order = epoch_order(rows, seed, epoch)
-    return order[position * batch_size : (position + 1) * batch_size]
+    return order[position * batch_size : (position + 1) * batch_size].astype(np.int64)
 
 
 @lru_cache(maxsize=2)
-def epoch_order(rows: int, seed: int, epoch: int) -> Ints:
-    """The rows of one pass in their seeded shuffle, read-only. Kept: drawing a million takes as long as a step."""
-    order = np.random.default_rng([seed, epoch]).permutation(rows)
+def epoch_order(rows: int, seed: int, epoch: int) -> npt.NDArray[np.int32]:
+    """The rows of one pass in their seeded shuffle, read-only. Kept: drawing a million takes as long as a step.
+
+    The same order as numpy's `permutation` of so many rows, in half its memory.
+    """
+    order = np.arange(rows, dtype=np.int32)
+    np.random.default_rng([seed, epoch]).shuffle(order)
     order.setflags(write=False)
     return order
 
 
-def micro_batches(lengths: Sequence[int] | Ints, *, token_budget: int, overhead_tokens: int) -> list[Ints]:
+def micro_batches(
+    lengths: Sequence[int] | npt.NDArray[np.integer[Any]], *, token_budget: int, overhead_tokens: int
+) -> list[Ints]:
     """Splits a batch into micro-batches of rows of like length; returns positions into `lengths`.
 
     Minimises padded tokens plus `overhead_tokens` for each micro-batch (what starting one costs, in

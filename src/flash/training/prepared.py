@@ -23,7 +23,7 @@ from flash.training.batches import TokenRows
 
 LEAST_ROWS = 1_000  # fewer are rendered about as fast as they are found
 MOST_BYTES = 8 * 2**30  # of all entries; the newest one stays whatever its size
-_FORMAT = 1  # of entries, and of what rendering makes of a row
+_FORMAT = 2  # of entries, and of what rendering makes of a row
 
 
 class PreparedRows:
@@ -40,7 +40,7 @@ class PreparedRows:
             return None
         try:
             told = json.loads((self._entry / "told.json").read_text(encoding="utf-8"))
-            rows = TokenRows.open(self._entry / "rows")
+            rows = TokenRows(self._entry / "rows")
             os.utime(self._entry)
         except (OSError, ValueError):
             return None
