@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-BENCHMARKS = ("sft_cpu", "grpo_cpu", "serve_cpu", "checkpoint_stall", "waits", "growth", "curves", "quality")
+BENCHMARKS = ("sft_cpu", "grpo_cpu", "serve_cpu", "checkpoint_stall", "waits", "growth", "curves", "levers", "quality")
 
 if __name__ == "__main__":
     unknown = [name for name in sys.argv[1:] if name not in BENCHMARKS]
