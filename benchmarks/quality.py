@@ -4,9 +4,8 @@ curve of score over time.
 The same rows, reward, LoRA, optimiser, batch and threads on both sides, three seeds, alternating. First with one
 learning rate for both; then each side with the better of two, found on the first seed. The score is the step's mean
 reward (GRPO), or minus its mean loss on rows not seen before (SFT), averaged over five steps; time counts from the end
-of the first step, whose own time from the start of the process is measured beside. SFT, whose rate falls, has the same
-steps on both sides; GRPO the same time, which is what TRL takes for its steps. One command:
-`python benchmarks/run.py quality`.
+of the first step (`waits` measures how soon that is). SFT, whose rate falls, has the same steps on both sides; GRPO the
+same time, which is what TRL takes for its steps. One command: `python benchmarks/run.py quality`.
 """
 
 from __future__ import annotations
@@ -107,7 +106,6 @@ def main() -> None:
         return run_side(sys.executable, "flash_quality.py", ours)["curve"], theirs
 
     results: dict[str, Any] = {}
-    first: list[tuple[float, float]] = []
     for name, task in TASKS.items():
         low, high = task["rates"]
         equal = [run(task, (low, low), seed) for seed in SEEDS]
@@ -119,7 +117,6 @@ def main() -> None:
             for side in (0, 1)
         )
         pairs = equal if best == (low, low) else [run(task, (best[0], best[1]), seed) for seed in SEEDS]
-        first += [(ours[0][0], theirs[0][0]) for ours, theirs in equal]
         results[name] = {
             "equal settings": spreads([compared(*pair) for pair in equal]),
             "each side's best": spreads([compared(*pair) for pair in pairs]),
@@ -129,16 +126,14 @@ def main() -> None:
             },
         }
         print(f"  {name}: {results[name]['equal settings']}", file=sys.stderr)
-    sooner = Spread.of([ours / theirs for ours, theirs in first])
     path = write_result("quality", {
         "job": {"model": "flash/nano", "threads": 2, "precision": "fp32", **LORA, "seeds": len(SEEDS)},
-        "tasks": results, "first_step": vars(sooner),
+        "tasks": results,
     })  # fmt: skip
     for name, result in results.items():
         for settings in ("equal settings", "each side's best"):
             shown = ", ".join(f"{what} {Spread(**value)}" for what, value in result[settings].items())
             print(f"{name}, {settings}: {shown}")
-    print(f"first step, from the start of the process: {sooner} of TRL's (goal at most 1/2)")
     print(f"  written to {path.relative_to(ROOT.parent)}")
 
 

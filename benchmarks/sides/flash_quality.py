@@ -3,24 +3,21 @@
 Reads a job (JSON on stdin), prints one JSON line.
 """
 
+import contextlib
+import json
+import math
+import sys
+import tempfile
 import time
+from collections.abc import Mapping
+from pathlib import Path
 
-BEGAN = time.perf_counter()
+from exact_match import reward
+from flash_side import Questions, loaded, spec_of
 
-import contextlib  # noqa: E402
-import json  # noqa: E402
-import math  # noqa: E402
-import sys  # noqa: E402
-import tempfile  # noqa: E402
-from collections.abc import Mapping  # noqa: E402
-from pathlib import Path  # noqa: E402
-
-from exact_match import reward  # noqa: E402
-from flash_side import Questions, loaded, spec_of  # noqa: E402
-
-from flash.environments.loading import LocalEnvironment  # noqa: E402
-from flash.training import grpo, sft  # noqa: E402
-from flash.training.reporter import RecordingReporter  # noqa: E402
+from flash.environments.loading import LocalEnvironment
+from flash.training import grpo, sft
+from flash.training.reporter import RecordingReporter
 
 
 class TimeIsOver(Exception):
@@ -28,7 +25,7 @@ class TimeIsOver(Exception):
 
 
 class Curve(RecordingReporter):
-    """(seconds since the process began, score) of each step; ends the run `limit_s` after its first one."""
+    """(seconds on a clock of its own, score) of each step; ends the run `limit_s` after its first one."""
 
     def __init__(self, limit_s: float) -> None:
         super().__init__()
@@ -38,7 +35,7 @@ class Curve(RecordingReporter):
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         score = values["reward"] if "reward" in values else -values["loss"] if "loss" in values else None
         if score is not None:
-            self.points.append((time.perf_counter() - BEGAN, score))
+            self.points.append((time.perf_counter(), score))
             if self.points[-1][0] - self.points[0][0] >= self._limit_s:
                 raise TimeIsOver
 

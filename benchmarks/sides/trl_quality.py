@@ -3,24 +3,21 @@
 Reads a job (JSON on stdin), prints one JSON line. Runs in `.venv-peers`; knows nothing of Flash.
 """
 
+import json
+import sys
+import tempfile
 import time
 
-BEGAN = time.perf_counter()
-
-import json  # noqa: E402
-import sys  # noqa: E402
-import tempfile  # noqa: E402
-
-import torch  # noqa: E402
-from datasets import Dataset  # noqa: E402
-from exact_match import reward  # noqa: E402
-from peft import LoraConfig  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback  # noqa: E402
-from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer  # noqa: E402
+import torch
+from datasets import Dataset
+from exact_match import reward
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 
 class Curve(TrainerCallback):
-    """(seconds since the process began, score) of each step."""
+    """(seconds on a clock of its own, score) of each step."""
 
     def __init__(self) -> None:
         self.points: list[tuple[float, float]] = []
@@ -28,7 +25,7 @@ class Curve(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         score = logs["reward"] if "reward" in logs else -logs["loss"] if "loss" in logs else None
         if score is not None:
-            self.points.append((time.perf_counter() - BEGAN, score))
+            self.points.append((time.perf_counter(), score))
 
 
 def exact_match(completions, output, **_):

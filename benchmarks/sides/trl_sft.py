@@ -1,4 +1,4 @@
-"""The peer's side of `sft_cpu`: TRL's SFTTrainer over the same pre-tokenised rows, at its best settings here.
+"""The peer's side of `sft_cpu` and `waits`: TRL's SFTTrainer over the same pre-tokenised rows, at its best settings.
 
 Reads a job (JSON on stdin), prints one JSON line. Runs in `.venv-peers`; knows nothing of Flash.
 """
@@ -31,7 +31,7 @@ class Clock(TrainerCallback):
         self.ends: list[float] = []
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.ends.append(time.perf_counter())
+        self.ends.append(time.time())  # as the process that started this one reads it too
 
 
 def main() -> None:
@@ -65,6 +65,7 @@ def main() -> None:
     print(json.dumps({
         "rows_per_s": job["steps"] * job["batch_size"] / seconds,
         "seconds_per_step": seconds / job["steps"],
+        "first_step_ended_at": clock.ends[0],
         "settings": SETTINGS,
     }))
 
