@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from flash.catalog.catalog import load_catalog
@@ -102,6 +102,70 @@ def test_targets_are_the_templates_own_text_trained_after_the_prompt(
     assert answer.strip() in trained and trained.rstrip("\n").endswith("<|im_end|>")
     if thinking == (trace is not None):
         assert target.trained_from == len(prompt)  # the supervised prefix is the generation prompt
+
+
+def odd_tokenizers() -> dict[str, PreTrainedTokenizerFast]:
+    """Tokenizers that join what others keep apart: words opened with a mark, text rewritten, greedy added tokens."""
+    made = {}
+    for name, options in {
+        "metaspace": {"pre": pre_tokenizers.Metaspace(prepend_scheme="first")},
+        "llama 2": {"normalizer": normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])},
+        "takes spaces before": {"added": AddedToken("<think>", lstrip=True, normalized=False)},
+        "takes spaces after": {"added": AddedToken("</think>", rstrip=True, normalized=False)},
+        "whole words only": {"added": AddedToken("<think>\n", single_word=True, normalized=False)},
+        "normalised": {"added": AddedToken("<think>", normalized=True), "normalizer": normalizers.Prepend("▁")},
+        "overlapping": {"added": AddedToken("\n<think", normalized=False)},
+        "longer": {"added": AddedToken("<think>\n\n", normalized=False)},
+        "split": {"split": True},
+    }.items():
+        vocab = {character: number for number, character in enumerate("?▁ \nthink1é<>|/_msardueo")}
+        merges = [("\n", "<"), ("t", "h"), ("▁", "t"), ("\n", "\n"), ("i", "n"), (" ", " "), ("1", "1"), (">", "\n")]
+        vocab |= {first + second: len(vocab) + number for number, (first, second) in enumerate(merges)}
+        inner = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="?"))
+        if "pre" in options:
+            inner.pre_tokenizer = options["pre"]
+        if "normalizer" in options:
+            inner.normalizer = options["normalizer"]
+        added = [AddedToken(text, normalized=False) for text in ("<|im_end|>", "<|im_start|>", "<think>", "</think>")]
+        if "added" in options:
+            added = [options["added"], *(token for token in added if token.content != options["added"].content)]
+        inner.add_special_tokens(added)
+        inner.enable_truncation(7)  # as files may have it; nothing that is trained is cut off by it
+        inner.enable_padding(length=5)
+        fast = PreTrainedTokenizerFast(tokenizer_object=inner, split_special_tokens=options.get("split", False))
+        fast.chat_template = TEMPLATES["qwen3_5"]
+        made[name] = fast
+    return made
+
+
+ODD = odd_tokenizers()
+fragments = st.lists(
+    st.sampled_from(["<think>", "</think>", "t</think>", "<|im_end|>", "<|im_start|>", "<", "|>", " ", "\n", "t", "think",
+                     "1", "é", "▁", "\u0301"]), min_size=1, max_size=6,
+).map("".join)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*LAYOUTS, *ODD])
+@either_way
+@settings(max_examples=60, deadline=None)
+@given(rows=st.lists(st.tuples(fragments, fragments), max_size=4))
+def test_many_targets_are_tokenised_as_one_is(name: str, thinking: bool, rows: list[tuple[str, str]]) -> None:
+    renderer = ChatRenderer(ODD[name] if name in ODD else tokenizer(name), thinking=thinking)
+    targets = [
+        ([{"role": "user", "content": user}], [{"role": "assistant", "content": answer}], f"row {number}")
+        for number, (user, answer) in enumerate(rows)
+    ]
+    together = renderer.render_targets(targets)
+    assert together == [renderer.render_target(prompt, completion) for prompt, completion, _ in targets]
+
+
+def test_of_many_targets_the_wrong_one_is_named() -> None:
+    fine, wrong = [{"role": "user", "content": "q"}], [{"role": "nobody", "content": "q"}]
+    answer = [{"role": "assistant", "content": "a"}]
+    with pytest.raises(InvalidInput, match="row 2: the chat template refuses these messages: no such role"):
+        ChatRenderer(tokenizer("qwen3")).render_targets([(fine, answer, "row 1"), (wrong, answer, "row 2")])
+    with pytest.raises(InvalidInput, match="row 2"):
+        ChatRenderer(tokenizer("qwen3")).render_targets([(fine, answer, "row 1"), ([], answer, "row 2")])
 
 
 @every_layout

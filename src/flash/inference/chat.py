@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from jinja2 import TemplateError
@@ -89,15 +90,16 @@ class ChatRenderer:
     def render_targets(
         self, targets: Sequence[tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]], str]]
     ) -> list[RenderedTarget]:
-        """`render_target` of many (prompt, completion, where), tokenised in one call."""
-        pairs = (self._target_texts(prompt, completion, None, where) for prompt, completion, where in targets)
-        texts = [text for pair in pairs for text in pair]
-        if not texts:
-            return []
-        tokens = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        """`render_target` of many (prompt, completion, where), tokenised in one call and what is alike only once."""
+        parts = []
+        for prompt, completion, where in targets:
+            opening, whole = self._target_texts(prompt, completion, None, where)
+            cut = self._cut(opening) if whole.startswith(opening) else 0
+            parts.append((opening[:cut], opening[cut:], whole[cut:]))
+        ids = self._ids(dict.fromkeys(text for part in parts for text in part))
         return [
-            RenderedTarget(tuple(whole), _shared_prefix(opening, whole))
-            for opening, whole in zip(tokens[::2], tokens[1::2], strict=True)
+            RenderedTarget((*ids[head], *ids[rest]), len(ids[head]) + _shared_prefix(ids[opening], ids[rest]))
+            for head, opening, rest in parts
         ]
 
     def _target_texts(
@@ -174,6 +176,38 @@ class ChatRenderer:
 
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _ids(self, texts: Iterable[str]) -> dict[str, list[int]]:
+        """`_encode` of many different texts. Past the tokenizer's own call: that also tells which characters each
+        token is of, which takes a third of its time."""
+        texts = list(texts)
+        self._encode("")  # leaves the backend to neither truncate nor pad, as every such call does
+        encodings = self.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return {text: encoding.ids for text, encoding in zip(texts, encodings, strict=True)}
+
+    def _cut(self, text: str) -> int:
+        """A place in the text, as late as can be told, before which tokens are the same whatever comes after it."""
+        found = self._border.match(text) if self._border else None
+        return found.start(1) if found else 0
+
+    @cached_property
+    def _border(self) -> re.Pattern[str] | None:
+        """Matches up to the last token that the tokenizer takes out of the raw text before all else, so that what is on
+        either side of it never meets. None where it has no such token.
+
+        Its first character stands inside no other such token, which could begin before it, and belongs to no word.
+        """
+        backend = self.tokenizer.backend_tokenizer
+        added = backend.get_added_tokens_decoder().values()
+        if backend.encode_special_tokens or any(token.lstrip or token.single_word for token in added):
+            return None  # a token may not be one, or take spaces from before it
+        inner = {character for token in added for character in token.content[1:]}
+        borders = [
+            re.escape(token.content)
+            for token in added
+            if not token.normalized and re.match(r"[^\w\s]", token.content) and token.content[0] not in inner
+        ]
+        return re.compile(f"(?s:.*)({'|'.join(borders)})") if borders else None
 
 
 def _with_empty_trace(prompt: str, whole: str) -> str:
