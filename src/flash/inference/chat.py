@@ -84,16 +84,22 @@ class ChatRenderer:
         the target are trained. An empty trace that the prompt ends with, but the template leaves out of the finished
         turn, is put there: the answer is trained after the prompt that it will be sampled after.
         """
-        prompt_tokens, tokens = (self._encode(text) for text in self._target_texts(prompt, completion, tools, where))
+        [texts] = self._target_texts([_fit_target(prompt, completion, where)], tools, where)
+        prompt_tokens, tokens = (self._encode(text) for text in texts)
         return RenderedTarget(tuple(tokens), _shared_prefix(prompt_tokens, tokens))
 
     def render_targets(
         self, targets: Sequence[tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]], str]]
     ) -> list[RenderedTarget]:
-        """`render_target` of many (prompt, completion, where), tokenised in one call and what is alike only once."""
+        """`render_target` of many (prompt, completion, where), each step for all of them at once; what a prompt and its
+        conversation begin with alike is tokenised only once."""
+        fitted = [_fit_target(prompt, completion, where) for prompt, completion, where in targets]
+        try:
+            pairs = self._target_texts(fitted, None, "the messages")
+        except InvalidInput:  # of one of them: by itself it is named
+            return [self.render_target(prompt, completion, where=where) for prompt, completion, where in targets]
         parts = []
-        for prompt, completion, where in targets:
-            opening, whole = self._target_texts(prompt, completion, None, where)
+        for opening, whole in pairs:
             cut = self._cut(opening) if whole.startswith(opening) else 0
             parts.append((opening[:cut], opening[cut:], whole[cut:]))
         ids = self._ids(dict.fromkeys(text for part in parts for text in part))
@@ -104,19 +110,14 @@ class ChatRenderer:
 
     def _target_texts(
         self,
-        prompt: Sequence[Mapping[str, Any]],
-        completion: Sequence[Mapping[str, Any]],
+        targets: Sequence[tuple[list[Message], list[Message]]],
         tools: Sequence[Mapping[str, Any]] | None,
         where: str,
-    ) -> tuple[str, str]:
-        """The prompt as it is sampled after, and the whole conversation."""
-        opening = fit_messages(prompt, where=where)
-        target = fit_messages(completion, where=where)
-        if not target:
-            raise InvalidInput(f"{where}: the target has no messages")
-        prompt_text = self._text(opening, tools, where, prompt=True)
-        whole_text = self._text(opening + target, tools, where, prompt=False)
-        return prompt_text, _with_empty_trace(prompt_text, whole_text)
+    ) -> list[tuple[str, str]]:
+        """Of each (opening, target) the prompt as it is sampled after, and the whole conversation."""
+        prompts = self._texts([opening for opening, _ in targets], tools, where, prompt=True)
+        wholes = self._texts([opening + target for opening, target in targets], tools, where, prompt=False)
+        return [(prompt, _with_empty_trace(prompt, whole)) for prompt, whole in zip(prompts, wholes, strict=True)]
 
     @property
     def opens_thinking(self) -> bool:
@@ -154,10 +155,23 @@ class ChatRenderer:
     def _text(
         self, messages: list[Message], tools: Sequence[Mapping[str, Any]] | None, where: str, *, prompt: bool
     ) -> str:
+        [text] = self._texts([messages], tools, where, prompt=prompt)
+        return text
+
+    def _texts(
+        self,
+        conversations: list[list[Message]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        where: str,
+        *,
+        prompt: bool,
+    ) -> list[str]:
+        if not all(conversations):
+            raise InvalidInput(f"{where}: there are no messages")
         try:
-            return str(
+            return list(
                 self.tokenizer.apply_chat_template(
-                    messages,
+                    conversations,
                     tools=list(tools) if tools else None,
                     tokenize=False,
                     add_generation_prompt=prompt,
@@ -208,6 +222,15 @@ class ChatRenderer:
             if not token.normalized and re.match(r"[^\w\s]", token.content) and token.content[0] not in inner
         ]
         return re.compile(f"(?s:.*)({'|'.join(borders)})") if borders else None
+
+
+def _fit_target(
+    prompt: Sequence[Mapping[str, Any]], completion: Sequence[Mapping[str, Any]], where: str
+) -> tuple[list[Message], list[Message]]:
+    opening, target = fit_messages(prompt, where=where), fit_messages(completion, where=where)
+    if not target:
+        raise InvalidInput(f"{where}: the target has no messages")
+    return opening, target
 
 
 def _with_empty_trace(prompt: str, whole: str) -> str:
