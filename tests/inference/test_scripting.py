@@ -7,7 +7,7 @@ import torch
 
 from flash.inference import adapter_updates, copied_layers, mixed_layers, sampling
 from flash.inference.scripting import scripted
-from flash.training import forward
+from flash.training import lean_layers
 
 
 @pytest.mark.parametrize(
@@ -20,13 +20,10 @@ from flash.training import forward
         mixed_layers.step_rows,
         mixed_layers.take_runs,
         sampling._choose_plainly,
-        forward._adapted,
-        forward._adapted_backward,
-        forward._gated,
-        forward._gated_backward,
-        forward._normed,
-        forward._normed_backward,
-        forward._rotated,
+        lean_layers._before,
+        lean_layers._before_backward,
+        lean_layers._after,
+        lean_layers._after_backward,
     ],
     ids=lambda function: function.name if isinstance(function, torch.jit.ScriptFunction) else function.__name__,
 )

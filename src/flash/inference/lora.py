@@ -372,11 +372,13 @@ class Adapters:
     def active(self, name: str | None) -> Iterator[None]:
         """Inside, the model wears the named adapter (None: the bare base); afterwards what it wore before."""
         before = self._active
-        self._switch(name)
+        if name != before:  # lanes ask for what is worn already, before every pass
+            self._switch(name)
         try:
             yield
         finally:
-            self._switch(before if before in self._adapters else None)
+            if self._active != before:
+                self._switch(before if before in self._adapters else None)
 
     def _expert_rank(self, rank: int) -> int:
         return max(1, rank // self._active_experts) if self._active_experts else 0
