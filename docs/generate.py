@@ -170,6 +170,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "warnings": warning_table,
     "profile-sft": lambda: measured.profile_table("sft"),
     "profile-grpo": lambda: measured.profile_table("grpo"),
+    "levers": measured.lever_table,
     **{
         f"errors-{code.replace('_', '-')}": lambda code=code: error_table(code)  # type: ignore[misc]
         for code in sorted(set(messages.codes().values()))

@@ -23,6 +23,7 @@ TITLES = {
     "checkpoint_stall": "Time that training waits for checkpoints",
     "growth": "Growth",
     "curves": "Curves",
+    "levers": "What each lever gives",
     "quality": "Quality per compute",
     "waits": "Small waits",
 }
@@ -94,6 +95,18 @@ def _spreads(value: Any, path: tuple[str, ...] = (), goal: float | None = None) 
     own = value.get("goal") if path else None
     for key, inner in value.items():
         yield from _spreads(inner, (*path, key), float(own) if isinstance(own, int | float) else None)
+
+
+def lever_table() -> str:
+    """How many times as long a step takes without each lever: lever by work."""
+    result = json.loads((RESULTS / "levers.json").read_text(encoding="utf-8"))
+    levers = result["times as long without"]
+    works = list(dict.fromkeys(work for by_work in levers.values() for work in by_work))
+    lines = ["| a step without | " + " | ".join(works) + " |", "|---" * (1 + len(works)) + "|"]
+    for lever, by_work in levers.items():
+        cells = [f"{by_work[work]['median']:.2f} times" if work in by_work else "" for work in works]
+        lines.append(f"| {lever} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def _charts(name: str, result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -28,7 +28,6 @@ from flash.environments.protocol import SFTTarget
 from flash.inference import decoding, torch_engine
 from flash.inference.lanes import ONE_LANE, balanced
 from flash.training import grpo, policy, rollouts, sft, updating
-from flash.training.forward import LeanForward
 
 SLOW_S = 0.02  # a reward that asks a sandbox or another model
 
@@ -97,14 +96,6 @@ def together(model: Any, cpus: int) -> Any:
     return ONE_LANE
 
 
-_project = LeanForward._project
-
-
-def own_products(self: LeanForward, layers: Sequence[Any], x: torch.Tensor) -> torch.Tensor:
-    """Each projection by itself, and the adapter's two products beside it."""
-    return _project(self, layers, x) if self._bare else torch.cat([layer(x) for layer in layers], dim=-1)
-
-
 _logprobs = policy.Policy.logprobs
 
 
@@ -129,8 +120,8 @@ def alone(episodes: Sequence[Any]) -> list[tuple[int, int]]:
     return [(number, episode.prompt_length) for number, episode in enumerate(episodes)]
 
 
-def whole_step(self: updating.Updater, groups: Sequence[Any]) -> list[updating.Row]:
-    """The pull from the base on all episodes."""
+def all_episodes(self: updating.Updater, groups: Sequence[Any]) -> list[updating.Row]:
+    """The pull from the base on every episode of the groups that are asked."""
     return [updating.Row(episode, 0.0) for group in groups for episode in group.episodes]
 
 
@@ -139,7 +130,11 @@ _requests = rollouts.Collector._requests
 
 def request_a_sample(self: rollouts.Collector, live: Any) -> Any:
     requests, owners = _requests(self, live)
-    single = [dataclasses.replace(request, n=1) for request in requests for _ in range(request.n)]
+    single = [
+        dataclasses.replace(request, n=1, sampling=dataclasses.replace(request.sampling, seed=seed))
+        for request in requests
+        for seed in range(request.sampling.seed, request.sampling.seed + request.n)
+    ]
     return single, [[owner] for each in owners for owner in each]
 
 
@@ -163,13 +158,12 @@ def at_once(self: rollouts.Collector, group: Any, scoring: dict[Any, Any]) -> No
 LEVERS: dict[str, tuple[tuple[str, ...], Off]] = {
     "lanes": (("SFT", "GRPO"), lambda: [patch.object(flash_side, "share_cpus", together)]),
     "lean forward": (("SFT", "GRPO"), lambda: [patch.object(policy, "lean_forward", lambda base: None)]),
-    "copied weights, in training": (("SFT", "GRPO"), lambda: [patch.object(LeanForward, "_project", own_products)]),
-    "copied weights, in sampling": (("GRPO",), lambda: [patch.object(decoding, "_may_be_copied", lambda model: False)]),
+    "copied weights in sampling": (("GRPO",), lambda: [patch.object(decoding, "_may_be_copied", lambda model: False)]),
     "trained tokens only": (("SFT", "GRPO"), lambda: [patch.object(policy.Policy, "logprobs", everywhere)]),
     "bucketed lengths": (("SFT of mixed lengths",), lambda: [patch.object(sft, "_shares", in_order)]),
     "shared openings": (("GRPO",), lambda: [patch.object(updating, "_openings", alone)]),
     "the base beside the update": (("GRPO",), lambda: [
-        patch.object(policy.Policy, "bare_forward", None), patch.object(updating.Updater, "_probes", whole_step),
+        patch.object(policy.Policy, "bare_forward", None), patch.object(updating.Updater, "_probes", all_episodes),
     ]),
     "one prefill a group": (("GRPO",), lambda: [patch.object(rollouts.Collector, "_requests", request_a_sample)]),
     "finished rows leave": (("GRPO of short answers",), lambda: [patch.object(torch_engine, "_RETIRE_PARTS", 0)]),
