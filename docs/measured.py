@@ -6,6 +6,7 @@ Owns their form on the page. Reads files only; `benchmarks/run.py` and `profiled
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,7 @@ def _charts(name: str, result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if len(rows) > 1:
             unit = UNITS.get(kind, "")
             title = f"{TITLES.get(name, name).replace('`', '')}: {kind.replace('_', ' ')}"
-            yield f"bench-{name}-{kind}.svg".replace("_", "-"), charts.bars(title, unit, rows)
+            yield re.sub(r"[_ ]", "-", f"bench-{name}-{kind}.svg"), charts.bars(title, unit, rows)
     curves = [
         (f"by {curve.replace('_', ' ')}", [
             charts.Bar(at, *(1000 * spread[key] for key in ("median", "minimum", "maximum")))
