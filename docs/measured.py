@@ -100,7 +100,9 @@ def _spreads(value: Any, path: tuple[str, ...] = (), goal: float | None = None) 
 
 def lever_table() -> str:
     """How many times as long a step takes without each lever: lever by work."""
-    result = json.loads((RESULTS / "levers.json").read_text(encoding="utf-8"))
+    result = results().get("levers")
+    if result is None:
+        return "Not measured yet: `python benchmarks/run.py levers`."
     levers = result["times as long without"]
     works = list(dict.fromkeys(work for by_work in levers.values() for work in by_work))
     lines = ["| a step without | " + " | ".join(works) + " |", "|---" * (1 + len(works)) + "|"]
