@@ -128,8 +128,8 @@ def _of_factors(
     return of_As, of_Bs
 
 
-def _sorted(factors: list[Tensor], scalings: list[list[float]]) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
-    """By projection the As, and the Bs, of which each has as many as it has scalings."""
+def _by_projection(factors: list[Tensor], scalings: list[list[float]]) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
+    """Each projection's As, and its Bs: as many of them as it has scalings."""
     rest = iter(factors)
     As: list[list[Tensor]] = []
     Bs: list[list[Tensor]] = []
@@ -212,7 +212,7 @@ class _BeforeAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_both: Tensor, grad_value: Tensor) -> tuple[Tensor | None, ...]:
         x, norm, qk_norm, cos, sin, *rest = ctx.saved_tensors
         kept, factors = rest[:5], rest[5:]
-        [As], [Bs] = _sorted(factors, [ctx.scalings])
+        [As], [Bs] = _by_projection(factors, [ctx.scalings])
         grad_x, of_factors = _before_backward(
             grad_both, grad_value, x, norm, qk_norm, cos, sin, kept, As, Bs, ctx.scalings, ctx.needs_input_grad[0]
         )
@@ -272,7 +272,7 @@ class _AfterAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         attended, norm, *rest = ctx.saved_tensors
         kept, factors = rest[:9], rest[9:]
-        As, Bs = _sorted(factors, ctx.scalings)
+        As, Bs = _by_projection(factors, ctx.scalings)
         grad_x, grad_attended, of_factors = _after_backward(grad, attended, norm, kept, As, Bs, ctx.scalings)
         return grad_x, grad_attended, *[None] * 5, *of_factors
 
