@@ -55,13 +55,13 @@ def machine() -> dict[str, Any]:
     }
 
 
-def run_side(python: str | Path, script: str, job: dict[str, Any]) -> dict[str, Any]:
+def run_side(python: str | Path, script: str, job: dict[str, Any], *, timeout_s: float = 900) -> dict[str, Any]:
     """One run of `sides/<script>` in a process of its own; its last line of output is its result."""
     env = {key: value for key, value in os.environ.items() if not key.startswith(("FLASH_", "PYTHON"))}
     env |= {"OMP_NUM_THREADS": str(job["threads"]), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(
         [str(python), str(ROOT / "sides" / script)], input=json.dumps(job), capture_output=True, text=True,
-        env=env, timeout=900,
+        env=env, timeout=timeout_s,
     )
     if done.returncode != 0:
         raise SystemExit(f"error: {script} failed\n{done.stderr[-3000:]}")

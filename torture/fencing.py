@@ -74,29 +74,30 @@ def stops(count: int, seed: int) -> Tally:
         plane = open_services(settings, launcher=launcher)
         with plane.database.write() as connection:
             identity.add_key(connection, org="local", token="key-of-the-test", name="test")
-        server, url = _serve(plane, settings)
+        server, thread, url = _serve(plane, settings)
         try:
             run_id = _submit(plane, url)
             for epoch in range(1, count + 1):
                 loss = _one(plane, launcher, run_id, epoch, chance)
                 tally.count(not loss, loss)
         finally:
+            server.should_exit = True
+            thread.join(30)  # before the workers are killed: until then more are launched
             for worker in launcher.workers.values():
                 _kill_tree(worker)
-            server.should_exit = True
-            time.sleep(0.3)
             plane.close()
     return tally
 
 
-def _serve(plane: Services, settings: ServerSettings) -> tuple[uvicorn.Server, str]:
+def _serve(plane: Services, settings: ServerSettings) -> tuple[uvicorn.Server, threading.Thread, str]:
     listener = socket.create_server(("127.0.0.1", 0))
     plane.api_url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     config = uvicorn.Config(create_app(settings, services=plane), log_config=None, access_log=False, lifespan="on")
     server = uvicorn.Server(config)
-    threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True).start()
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
     wait_for(lambda: server.started, 30, 0.02)
-    return server, plane.api_url
+    return server, thread, plane.api_url
 
 
 def _submit(plane: Services, url: str) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 from unittest.mock import patch
 
 import flash_side
+import numpy as np
 import torch
 from exact_match import reward
 from flash_side import Clock, Questions, loaded, made_up, spec_of
@@ -27,7 +28,7 @@ from flash_side import Clock, Questions, loaded, made_up, spec_of
 from flash.environments.protocol import SFTTarget
 from flash.inference import decoding, torch_engine
 from flash.inference.lanes import ONE_LANE, balanced
-from flash.training import grpo, policy, rollouts, sft, updating
+from flash.training import batches, grpo, policy, rollouts, sft, updating
 
 SLOW_S = 0.02  # a reward that asks a sandbox or another model
 
@@ -110,14 +111,15 @@ def everywhere(self: policy.Policy, batch: Any, **how: Any) -> torch.Tensor:
     return _logprobs(self, whole, **how)[batch.predictors_N]
 
 
-def in_order(base: Any, rows: Any, indices: Any, token_budget: int) -> list[list[Any]]:
+def in_order(policy: Any, rows: Any, indices: Any, token_budget: int) -> list[list[Any]]:
     """Rows as they come, padded to the longest of the lane's."""
-    return [[indices[part.start : part.stop]] for part in balanced([1] * len(indices), base.lanes.count)]
+    chosen = [rows[int(index)] for index in indices]
+    return [[chosen[part.start : part.stop]] for part in balanced([1] * len(chosen), policy.base.lanes.count)]
 
 
-def alone(episodes: Sequence[Any]) -> list[tuple[int, int]]:
-    """No row shares its opening."""
-    return [(number, episode.prompt_length) for number, episode in enumerate(episodes)]
+def alone(tokens_B_T: Any, lengths: Any) -> Any:
+    """No row stands for another."""
+    return np.arange(tokens_B_T.size).reshape(tokens_B_T.shape)
 
 
 def all_episodes(self: updating.Updater, groups: Sequence[Any]) -> list[updating.Row]:
@@ -161,7 +163,7 @@ LEVERS: dict[str, tuple[tuple[str, ...], Off]] = {
     "copied weights in sampling": (("GRPO",), lambda: [patch.object(decoding, "_may_be_copied", lambda model: False)]),
     "trained tokens only": (("SFT", "GRPO"), lambda: [patch.object(policy.Policy, "logprobs", everywhere)]),
     "bucketed lengths": (("SFT of mixed lengths",), lambda: [patch.object(sft, "_shares", in_order)]),
-    "shared openings": (("GRPO",), lambda: [patch.object(updating, "_openings", alone)]),
+    "shared openings": (("SFT", "GRPO"), lambda: [patch.object(batches, "_first_alike", alone)]),
     "the base beside the update": (("GRPO",), lambda: [
         patch.object(policy.Policy, "bare_forward", None), patch.object(updating.Updater, "_probes", all_episodes),
     ]),

@@ -37,9 +37,18 @@ QUICK = {
 
 
 def free_port(host: str) -> int:
-    with socket.socket() as free:
-        free.bind((host, 0))
-        return int(free.getsockname()[1])
+    return free_ports(host, 1)[0]
+
+
+def free_ports(host: str, count: int, *, but: int = 0) -> list[int]:
+    """No two alike, and not `but`: asked for one after the other, a port that was let go may come again."""
+    ports: list[int] = []
+    with contextlib.ExitStack() as held:
+        while len(ports) < count:
+            free = held.enter_context(socket.socket())
+            free.bind((host, 0))
+            ports += {int(free.getsockname()[1])} - {but}
+    return ports
 
 
 class Cluster:
@@ -88,11 +97,11 @@ class Cluster:
 
     def start_head(self) -> None:
         """Another one after `kill_head`: the same dashboard, and nothing of what the old one knew."""
-        self._gcs = free_port(self._head)
+        self._gcs, client = free_ports(self._head, 2, but=self._port)
         self._start(
             "--head", f"--port={self._gcs}", f"--node-ip-address={self._head}", f"--dashboard-host={self._head}",
             f"--dashboard-port={self._port}", "--include-dashboard=true", f"--temp-dir={self.folder}",
-            f"--ray-client-server-port={free_port(self._head)}", "--num-cpus=0", home=self.folder / "head",
+            f"--ray-client-server-port={client}", "--num-cpus=0", home=self.folder / "head",
         )  # fmt: skip
 
     def add_node(self, cpus: int = 2, *, entry: Path | None = None) -> int:

@@ -9,11 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from flash.inference.chat import RenderedTarget
-from flash.training.batches import TokenRows, batch_indices, collate, epoch_order, micro_batches, steps_per_epoch
+from flash.training.batches import (
+    TokenRows,
+    batch_indices,
+    collate,
+    epoch_order,
+    fresh_tokens,
+    micro_batches,
+    steps_per_epoch,
+)
 
 LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=40)
 
@@ -120,3 +128,24 @@ def mapped_bytes() -> int:
     """Bytes of files that count as this process's memory."""
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssFile:")]
     return 1024 * int(line.split()[1])
+
+
+@settings(deadline=None)
+@given(rows=st.lists(st.lists(st.integers(0, 2), min_size=2, max_size=9), min_size=1, max_size=12))
+@example(rows=[[1, 1, 1], [1, 1], [1, 1, 1, 1], [0, 0], [1, 1, 1]])
+def test_what_rows_begin_with_alike_is_computed_once(rows: list[list[int]]) -> None:
+    everything = [[True] * len(row) for row in rows]
+    alone = [(number, 0) for number in range(len(rows))]
+    batch = collate(rows, everything, pad_id=0, device=torch.device("cpu"), openings=alone)
+    assert batch.sharing is not None
+    openings = [[tuple(row[: end + 1]) for end in range(len(row) - 1)] for row in rows]  # a last token predicts nothing
+    length = batch.tokens_B_T.shape[1]
+    place = batch.sharing.place_BT.view(-1, length)
+    found = {opening: int(place[b, t]) for b, of_row in enumerate(openings) for t, opening in enumerate(of_row)}
+    assert sorted(found.values()) == list(range(len(batch.sharing.computed_U)))  # each opening one place, none over
+    for b, of_row in enumerate(openings):
+        assert [int(place[b, t]) for t in range(len(of_row))] == [found[opening] for opening in of_row]
+    for opening, u in found.items():
+        b, t = divmod(int(batch.sharing.computed_U[u]), length)
+        assert tuple(rows[b][: t + 1]) == opening and t == len(opening) - 1
+    assert sum(fresh_tokens([row[:-1] for row in rows])) == len(found)

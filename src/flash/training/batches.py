@@ -212,25 +212,49 @@ def collate(
         torch.from_numpy(tokens[:, :width]).to(device).contiguous(),
         torch.from_numpy(row_N * width + column_N - 1).to(device),
         torch.from_numpy(tokens[row_N, column_N]).to(device),
-        None if openings is None else _sharing(needed, width, openings, device),
+        None if openings is None else _sharing(tokens[:, :width], needed, openings, device),
     )
 
 
 def _sharing(
-    lengths: Ints, longest: int, openings: Sequence[tuple[int, int]], device: torch.device
+    tokens_B_T: Ints, lengths: Ints, openings: Sequence[tuple[int, int]], device: torch.device
 ) -> Sharing:
     openings = [(row, min(length, *lengths[[number, row]].tolist())) for number, (row, length) in enumerate(openings)]
-    flat = np.arange(len(lengths) * longest).reshape(len(lengths), longest)
-    source = flat.copy()
-    for number, (row, length) in enumerate(openings):
-        source[number, :length] = flat[row, :length]
-    real = np.arange(longest) < lengths[:, None]
-    computed = np.flatnonzero((source == flat) & real)
-    rank = np.zeros(flat.size, dtype=np.int64)
+    source_B_T = _first_alike(tokens_B_T, lengths)
+    flat_B_T = np.arange(source_B_T.size).reshape(source_B_T.shape)
+    real_B_T = np.arange(source_B_T.shape[1]) < lengths[:, None]
+    computed = np.flatnonzero((source_B_T == flat_B_T) & real_B_T)
+    rank = np.zeros(source_B_T.size, dtype=np.int64)
     rank[computed] = np.arange(len(computed))
-    place_B_T = rank[source]
+    place_B_T = rank[source_B_T]
     split = _split(lengths, openings, place_B_T, len(computed), device)
     return Sharing(torch.from_numpy(computed).to(device), torch.from_numpy(place_B_T.reshape(-1)).to(device), split)
+
+
+def fresh_tokens(rows: Sequence[Sequence[int]]) -> list[int]:
+    """How many positions of each row no other row stands for: what it costs where rows share their openings."""
+    lengths = np.asarray([len(row) for row in rows])
+    tokens = np.zeros((len(rows), int(lengths.max())), dtype=np.int64)
+    for number, row in enumerate(rows):
+        tokens[number, : len(row)] = row
+    own = _first_alike(tokens, lengths) == np.arange(tokens.size).reshape(tokens.shape)
+    fresh: list[int] = (own & (np.arange(tokens.shape[1]) < lengths[:, None])).sum(axis=1).tolist()
+    return fresh
+
+
+def _first_alike(tokens_B_T: Ints, lengths: Ints) -> Ints:
+    """For each position the flat one, of whichever row, that stands for all rows with the same tokens up to there:
+    the rows' prefix tree. In sorted order a row has the longest opening in common with its neighbour."""
+    rows, longest = tokens_B_T.shape
+    order = np.asarray(sorted(range(rows), key=lambda row: tokens_B_T[row, : lengths[row]].tobytes()))
+    tokens, ends, columns = tokens_B_T[order], lengths[order], np.arange(longest)
+    alike = (tokens[1:] == tokens[:-1]) & (columns < np.minimum(ends[1:], ends[:-1])[:, None])
+    own = np.ones((rows, longest), dtype=np.bool_)
+    own[1:] = ~np.logical_and.accumulate(alike, axis=1)
+    first = np.maximum.accumulate(np.where(own, np.arange(rows)[:, None], 0), axis=0)
+    source_B_T = np.empty((rows, longest), dtype=np.int64)
+    source_B_T[order] = order[first] * longest + columns
+    return source_B_T
 
 
 def _split(

@@ -89,21 +89,23 @@ class LeanForward:
         places = torch.arange(length, device=tokens_B_T.device)
         cos_1_T_D, sin_1_T_D = backbone.rotary_emb(backbone.embed_tokens.weight[:1, :1], places[None])
         rotation = cos_1_T_D[0, :, None], sin_1_T_D[0, :, None]
-        tokens, needed_N = tokens_B_T.view(-1), positions_N
+        tokens, needed_M, places_U = tokens_B_T.view(-1), positions_N, None
         if sharing is not None:
-            tokens, needed_N = tokens[sharing.computed_U], sharing.place_BT[positions_N]
+            tokens, places_U = tokens[sharing.computed_U], _places(sharing)
             rotation = rotation[0][sharing.computed_U % length], rotation[1][sharing.computed_U % length]
+            needed_M, asked_N = sharing.place_BT[positions_N].unique(return_inverse=True)
         hidden = backbone.embed_tokens(tokens)
         last = backbone.layers[-1]
-        every_U, last_N = _places(positions_N, needed_N, sharing)
         for layer in backbone.layers:
             mixed = self._attention(layer, hidden, rows, length, rotation, sharing)
             if layer is last:
-                mixed, hidden = mixed.index_select(0, last_N), hidden.index_select(0, needed_N)
-            elif every_U is not None:
-                mixed = mixed.index_select(0, every_U)
+                mixed = mixed.index_select(0, needed_M if places_U is None else places_U[needed_M])
+                hidden = hidden.index_select(0, needed_M)
+            elif places_U is not None:
+                mixed = mixed.index_select(0, places_U)
             hidden = after_attention(layer, hidden, mixed, bare=self._bare)
-        return last_norm(backbone.norm, hidden)
+        normed_M_H = last_norm(backbone.norm, hidden)
+        return normed_M_H if sharing is None else normed_M_H.index_select(0, asked_N)
 
     def _attention(
         self,
@@ -142,14 +144,9 @@ class LeanForward:
         return torch.cat([opened, own])
 
 
-def _places(positions_N: Tensor, needed_N: Tensor, sharing: Sharing | None) -> tuple[Tensor | None, Tensor]:
-    """Where in what `_attention` returns the computed positions stand (None: they are all of it), and those that are
-    needed in the end."""
-    if sharing is None:
-        return None, positions_N
-    if sharing.split is None:
-        return sharing.computed_U, positions_N
-    return sharing.split.place_U, sharing.split.place_U[needed_N]
+def _places(sharing: Sharing) -> Tensor:
+    """Where in what `_attention` returns each of the computed positions stands."""
+    return sharing.computed_U if sharing.split is None else sharing.split.place_U
 
 
 def _rows_of(parts_U: Tensor, place_B_T: Tensor) -> Tensor:

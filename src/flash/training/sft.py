@@ -8,6 +8,7 @@ environment through `EnvironmentClient` and the world through `Reporter`.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -36,6 +37,7 @@ from flash.training.batches import (
     TokenRows,
     batch_indices,
     collate,
+    fresh_tokens,
     micro_batches,
     steps_per_epoch,
 )
@@ -51,6 +53,7 @@ HELD_OUT_SPLIT, HELD_OUT_ROWS = "eval", 200
 _ROWS_PER_CALL = 256  # targets asked of the environment at once
 K = TypeVar("K")
 T = TypeVar("T")
+Targets = Sequence[RenderedTarget]  # one micro-batch's
 
 
 @dataclass(frozen=True)
@@ -356,10 +359,10 @@ def _accumulate_gradients(
         parameter.grad = None  # of a pass that ran out of memory
     trained = rows.trained_tokens(indices)
 
-    def accumulate(share: Sequence[Ints]) -> tuple[Tensor, Gradients]:
+    def accumulate(share: Sequence[Targets]) -> tuple[Tensor, Gradients]:
         total, gradients = torch.zeros((), device=policy.base.device), Gradients(policy.parameters())
         for chosen in share:
-            batch = _collated(policy.base, rows, chosen)
+            batch = _collated(policy, chosen)
             loss = negative_log_likelihood(policy.logprobs(batch), normaliser=trained)
             gradients.add(loss)
             total += loss.detach()
@@ -367,7 +370,7 @@ def _accumulate_gradients(
         return total, gradients
 
     total = torch.zeros((), device=policy.base.device)
-    for part, gradients in _on_lanes(policy, accumulate, _shares(policy.base, rows, indices, micro.tokens)):
+    for part, gradients in _on_lanes(policy, accumulate, _shares(policy, rows, indices, micro.tokens)):
         gradients.apply()
         total += part
     return float(total)
@@ -378,44 +381,52 @@ def _mean_loss(policy: Policy, rows: TokenRows, micro: MicroBatches, reporter: R
     trained = rows.trained_tokens(indices)
 
     @torch.no_grad()
-    def loss(share: Sequence[Ints]) -> Tensor:
+    def loss(share: Sequence[Targets]) -> Tensor:
         total = torch.zeros((), device=policy.base.device)
         for chosen in share:
-            batch = _collated(policy.base, rows, chosen)
+            batch = _collated(policy, chosen)
             total += negative_log_likelihood(policy.logprobs(batch), normaliser=trained)
             reporter.progress()
         return total
 
-    return float(sum(_on_lanes(policy, loss, _shares(policy.base, rows, indices, micro.tokens))))
+    return float(sum(_on_lanes(policy, loss, _shares(policy, rows, indices, micro.tokens))))
 
 
-def _on_lanes(policy: Policy, work: Callable[[list[Ints]], T], shares: Sequence[list[Ints]]) -> list[T]:
+def _on_lanes(policy: Policy, work: Callable[[list[Targets]], T], shares: Sequence[list[Targets]]) -> list[T]:
     with policy.base.adapters.active(policy.name):
         return policy.base.lanes.run([partial(work, share) for share in shares])
 
 
-def _shares(base: BaseModel, rows: TokenRows, indices: Ints, token_budget: int) -> list[list[Ints]]:
+def _shares(policy: Policy, rows: TokenRows, indices: Ints, token_budget: int) -> list[list[Targets]]:
     """For each lane its part of the rows, in micro-batches of like length under the token budget."""
-    ordered = indices[np.argsort(-rows.lengths[indices], kind="stable")]
-    lengths = rows.lengths[ordered]
-    parts = min(base.lanes.count, max(1, int(lengths.sum()) // LEAST_TOKENS))
-    overhead = OVERHEAD_TOKENS.get(base.device.type, OVERHEAD_TOKENS["cuda"])
+    device = policy.base.device.type
+    chosen = sorted((rows[int(index)] for index in indices), key=lambda row: -len(row.tokens))
+    lengths = [len(row.tokens) for row in chosen]
+    work = fresh_tokens([row.tokens for row in chosen]) if policy.shares_openings else lengths
+    parts = min(policy.base.lanes.count, max(1, sum(lengths) // LEAST_TOKENS))
+    overhead = OVERHEAD_TOKENS.get(device, OVERHEAD_TOKENS["cuda"])
     return [
         [
-            ordered[part.start + places]
+            [chosen[part[int(place)]] for place in places]
             for places in micro_batches(
                 lengths[part.start : part.stop], token_budget=token_budget, overhead_tokens=overhead
             )
         ]
-        for part in balanced(lengths.tolist(), parts)
+        for part in balanced(work, parts)
     ]
 
 
-def _collated(base: BaseModel, rows: TokenRows, indices: Ints) -> MicroBatch:
-    chosen = [rows[int(index)] for index in indices]
+def _collated(policy: Policy, rows: Targets) -> MicroBatch:
     return collate(
-        [row.tokens for row in chosen],
-        [row.trained for row in chosen],
-        pad_id=base.pad_id,
-        device=base.device,
+        [row.tokens for row in rows],
+        [np.arange(len(row.tokens)) >= row.trained_from for row in rows],
+        pad_id=policy.base.pad_id,
+        device=policy.base.device,
+        openings=_opening(rows) if policy.shares_openings else None,
     )
+
+
+def _opening(rows: Targets) -> list[tuple[int, int]]:
+    """What all rows begin with (a template's start, a system prompt): its length, and that the first row has it."""
+    alike = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*(row.tokens for row in rows), strict=False))
+    return [(0, sum(1 for _ in alike))] * len(rows)
