@@ -18,7 +18,7 @@ import flash.catalog
 
 NANO = Path(flash.catalog.__file__).parent / "nano"
 ROWS = ROOT.parent / "examples" / "arithmetic" / "dataset" / "train.jsonl"
-PAIRS = 3
+PAIRS = 7
 JOB: dict[str, Any] = {
     "model": str(NANO), "threads": 2, "lora_rank": 32, "lora_alpha": 64, "learning_rate": 1e-4, "prompts": 8,
     "group_size": 8, "max_tokens": 32, "warmup_steps": 3, "steps": 20,

@@ -20,7 +20,7 @@ from flash.inference.loading import load_base
 
 NANO = Path(flash.catalog.__file__).parent / "nano"
 ENVIRONMENT = ROOT.parent / "examples" / "arithmetic"
-PAIRS = 3
+PAIRS = 7
 JOB: dict[str, Any] = {
     "model": str(NANO), "environment": str(ENVIRONMENT), "threads": 2, "lora_rank": 32, "lora_alpha": 64,
     "batch_size": 32, "max_length": 256, "learning_rate": 1e-3, "warmup_steps": 5, "steps": 40,

@@ -163,6 +163,7 @@ def _checkpoints(plane: Services, run_id: str, epoch: int) -> int:
 def _kill_tree(worker: subprocess.Popen[Any]) -> None:
     if worker.poll() is None:
         for process in psutil.Process(worker.pid).children(recursive=True):
-            process.kill()
+            with contextlib.suppress(psutil.Error):
+                process.kill()
         worker.kill()
     worker.wait()

@@ -75,7 +75,8 @@ class Node:
         for each in self._started:
             if each.poll() is None:
                 for process in psutil.Process(each.pid).children(recursive=True):
-                    process.kill()
+                    with contextlib.suppress(psutil.Error):
+                        process.kill()
                 each.kill()
                 each.wait()
 

@@ -183,7 +183,7 @@ class Updater:
             [row.episode.sampled for row in rows],
             pad_id=self._policy.base.pad_id,
             device=self._policy.base.device,
-            openings=_openings([row.episode for row in rows]),
+            openings=_openings([row.episode for row in rows]) if self._policy.shares_openings else None,
         )
 
     def _accumulate(
