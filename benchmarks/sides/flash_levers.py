@@ -20,7 +20,6 @@ from typing import Any
 from unittest.mock import patch
 
 import flash_side
-import numpy as np
 import torch
 from exact_match import reward
 from flash_side import Clock, Questions, loaded, made_up, spec_of
@@ -28,7 +27,7 @@ from flash_side import Clock, Questions, loaded, made_up, spec_of
 from flash.environments.protocol import SFTTarget
 from flash.inference import decoding, torch_engine
 from flash.inference.lanes import ONE_LANE, balanced
-from flash.training import batches, grpo, policy, rollouts, sft, updating
+from flash.training import grpo, policy, rollouts, sft, updating
 
 SLOW_S = 0.02  # a reward that asks a sandbox or another model
 
@@ -117,11 +116,6 @@ def in_order(policy: Any, rows: Any, indices: Any, token_budget: int) -> list[li
     return [[chosen[part.start : part.stop]] for part in balanced([1] * len(chosen), policy.base.lanes.count)]
 
 
-def alone(tokens_B_T: Any, lengths: Any) -> Any:
-    """No row stands for another."""
-    return np.arange(tokens_B_T.size).reshape(tokens_B_T.shape)
-
-
 def all_episodes(self: updating.Updater, groups: Sequence[Any]) -> list[updating.Row]:
     """The pull from the base on every episode of the groups that are asked."""
     return [updating.Row(episode, 0.0) for group in groups for episode in group.episodes]
@@ -163,11 +157,14 @@ LEVERS: dict[str, tuple[tuple[str, ...], Off]] = {
     "copied weights in sampling": (("GRPO",), lambda: [patch.object(decoding, "_may_be_copied", lambda model: False)]),
     "trained tokens only": (("SFT", "GRPO"), lambda: [patch.object(policy.Policy, "logprobs", everywhere)]),
     "bucketed lengths": (("SFT of mixed lengths",), lambda: [patch.object(sft, "_shares", in_order)]),
-    "shared openings": (("SFT", "GRPO"), lambda: [patch.object(batches, "_first_alike", alone)]),
+    "shared openings": (("SFT", "GRPO"), lambda: [patch.object(policy.Policy, "shares_openings", False)]),
     "the base beside the update": (("GRPO",), lambda: [
         patch.object(policy.Policy, "bare_forward", None), patch.object(updating.Updater, "_probes", all_episodes),
     ]),
     "one prefill a group": (("GRPO",), lambda: [patch.object(rollouts.Collector, "_requests", request_a_sample)]),
+    "samples that agree": (("GRPO", "GRPO of short answers"), lambda: [
+        patch.object(decoding.RowDecoder, "forks_cheaply", False)
+    ]),
     "finished rows leave": (("GRPO of short answers",), lambda: [patch.object(torch_engine, "_RETIRE_PARTS", 0)]),
     "sampler's log-probs": (("GRPO",), lambda: [patch.object(updating.Updater, "_gradient", with_old_policy)]),
     "equal groups skipped": (

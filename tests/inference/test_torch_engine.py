@@ -174,6 +174,50 @@ def test_a_sample_depends_on_its_request_alone(layout: str) -> None:
     assert not {c.tokens for c in alone} & {c.tokens for c in other_seed}
 
 
+def test_samples_are_one_row_until_they_differ() -> None:
+    base = tiny("qwen3", stop_ids=())
+    noisy_adapter(base)
+    requests = [
+        Request(p, Sampling(12, temperature=0.2, seed=i), n=6, adapter="policy") for i, p in enumerate(prompts(5, 9, 2))
+    ]
+    alone = TorchEngine(base, max_rows=1).generate(requests)
+    engine = TorchEngine(base)
+    engine.generate(requests[:1])  # its decoder has been checked now
+    stepped = [0]
+
+    def count(module: Any, args: Any, output: Any) -> None:
+        stepped[0] += len(args[0]) if args[0].dim() == 1 else 0  # else prompts
+
+    base.model.model.embed_tokens.register_forward_hook(count)
+    together = engine.generate(requests)
+    pairs = [(a, b) for ones, others in zip(alone, together, strict=True) for a, b in zip(ones, others, strict=True)]
+    assert all(a.tokens == b.tokens for a, b in pairs)
+    assert all(torch.allclose(torch.tensor(a.logprobs), torch.tensor(b.logprobs), atol=1e-5) for a, b in pairs)
+    begun = {(i, c.tokens[:end]) for i, group in enumerate(together) for c in group for end in range(1, 12)}
+    assert stepped[0] == len(begun) < 0.8 * len(pairs) * 11
+
+
+@pytest.mark.parametrize("layout", ["qwen3", "qwen3.5"])
+def test_a_forked_row_goes_its_own_way(layout: str) -> None:
+    base = tiny(layout)
+    decoder = build_decoder(base.model)
+    first, second = prompts(7, 4)
+
+    def step(*tokens: int) -> torch.Tensor:
+        return decoder.step(torch.tensor(tokens))
+
+    with torch.inference_mode():
+        decoder.admit([first, second], [1, 1])
+        step(3, 4)
+        decoder.fork(torch.tensor([1, 0, 1]))
+        step(5, 6, 7, 8, 9)
+        decoder.keep(torch.tensor([1, 2, 4]))
+        found = step(10, 11, 12)
+        whole = [[*second, 4, 6, 10], [*second, 4, 7, 11], [*second, 4, 9, 12]]
+        own = torch.cat([base.model(torch.tensor([row])).logits[:, -1] for row in whole])
+    assert torch.allclose(found, own, atol=1e-4)
+
+
 def test_the_same_call_gives_the_same_bits() -> None:
     base = tiny("qwen3")
     noisy_adapter(base)

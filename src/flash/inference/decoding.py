@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from flash.errors import ModelError
 from flash.inference.copied_layers import Weights, copied, copied_head, decode_step, prefill
+from flash.inference.scripting import scripted
 
 _PREFILL_TOKENS = 8192  # padded prompt tokens in one prefill forward; bounds its activations
 _GROWTH = 128  # columns by which a full cache grows
@@ -26,6 +27,7 @@ _MOST_COPIED = 20_000_000  # parameters of a model whose adapted weights are cop
 
 class Decoder(Protocol):
     joinable: bool  # may rows be admitted while others are decoding?
+    forks_cheaply: bool  # else `fork` moves the whole cache
 
     @property
     def rows(self) -> int: ...
@@ -35,6 +37,9 @@ class Decoder(Protocol):
 
     def step(self, tokens_B: Tensor) -> Tensor:
         """Appends one token to each row; logits [rows, V] after it."""
+
+    def fork(self, rows_F: Tensor) -> None:
+        """Appends a copy of each of these rows."""
 
     def keep(self, rows_K: Tensor) -> None:
         """Drops all rows but those given (ascending indices)."""
@@ -144,6 +149,7 @@ class RowDecoder:
     """
 
     joinable = True
+    forks_cheaply = True
 
     def __init__(self, model: nn.Module) -> None:
         self._model: Any = model
@@ -256,6 +262,16 @@ class RowDecoder:
             x = x + layer.mlp(layer.mlp_norm(x))
         return self._model.lm_head(self._body.norm(x))
 
+    def fork(self, rows_F: Tensor) -> None:
+        before, K = self.rows, self._kv_heads
+        if before + len(rows_F) > self._keys[0].shape[0]:
+            self._reserve(2 * before + len(rows_F), self._column)  # more of them will come
+        _copy_rows([*self._keys, *self._values], rows_F, before, self._column)
+        self._starts_B = torch.cat([self._starts_B, self._starts_B[rows_F]])
+        if self._hidden_BK_1_T is not None:
+            hidden_B_K_T = self._hidden_BK_1_T.view(before, K, -1)
+            self._hidden_BK_1_T = torch.cat([hidden_B_K_T, hidden_B_K_T[rows_F]]).view(-1, 1, hidden_B_K_T.shape[2])
+
     def keep(self, rows_K: Tensor) -> None:
         kept = int(rows_K.shape[0])
         starts = self._starts_B[rows_K]
@@ -315,6 +331,13 @@ class RowDecoder:
                 new[: have[0], :, : have[2]] = before
             setattr(self, name, fresh)
         self._hidden_BK_1_T = None
+
+
+@scripted
+def _copy_rows(caches: list[Tensor], rows_F: Tensor, first: int, columns: int) -> None:
+    """Files the first `columns` of these rows once more, from row `first` on."""
+    for cache in caches:
+        cache[first : first + rows_F.size(0), :, :columns] = cache[:, :, :columns].index_select(0, rows_F)
 
 
 class Rotations:
@@ -386,6 +409,7 @@ class CacheDecoder:
     """
 
     joinable = False
+    forks_cheaply = False
 
     def __init__(self, model: nn.Module) -> None:
         self._model: Any = model
@@ -421,6 +445,11 @@ class CacheDecoder:
         positions_B_1 = self._mask_B_T.sum(dim=1, keepdim=True)
         self._mask_B_T = F.pad(self._mask_B_T, (0, 1), value=1)
         return self._forward(tokens_B[:, None], self._mask_B_T, positions_B_1)
+
+    def fork(self, rows_F: Tensor) -> None:
+        order = torch.cat([torch.arange(self.rows, device=rows_F.device), rows_F])
+        self._cache.reorder_cache(order)
+        self._mask_B_T = self._mask_B_T[order]
 
     def keep(self, rows_K: Tensor) -> None:
         self._mask_B_T = self._mask_B_T[rows_K]

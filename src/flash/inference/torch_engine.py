@@ -144,7 +144,7 @@ class TorchEngine:
             self._decoders.append(build_decoder(self._base.model))
         return [
             _Lane(
-                _Batch(requests, waiting[part.start : part.stop], self._base, self._stop_ids),
+                _Batch(requests, waiting[part.start : part.stop], self._base, self._stop_ids, decoder.forks_cheaply),
                 decoder,
                 max(1, self._max_rows // len(parts)),
                 self._max_cache_tokens // len(parts),
@@ -202,7 +202,7 @@ class _Lane:
             logits = self._admit(logits)
             if logits is None:
                 break
-            moved.extend((row, len(row.tokens)) for row in self.batch.draw(logits))
+            moved.extend((row, len(row.tokens)) for row in self.batch.draw(logits, self.decoder))
         return moved
 
     def _admit(self, logits: Tensor | None) -> Tensor | None:
@@ -217,7 +217,8 @@ class _Lane:
 
 
 class _Batch:
-    """Samples of one adapter: those waiting, and the rows that decode now, in the decoder's order."""
+    """Samples of one adapter: those waiting, and those that decode now. Where the decoder can fork, samples of one
+    prompt are one row of its until they differ."""
 
     def __init__(
         self,
@@ -225,6 +226,7 @@ class _Batch:
         waiting: list[tuple[int, int]],
         base: BaseModel,
         stop_ids: frozenset[int],
+        shares: bool,
     ) -> None:
         """`waiting` holds (index into `requests`, sample)."""
         self._requests = requests
@@ -234,7 +236,10 @@ class _Batch:
         self._matchers: dict[tuple[str, ...], StopMatcher] = {}
         self.waiting = waiting
         self.rows: list[_Row] = []
-        self.last_tokens = torch.zeros(0, dtype=torch.long)
+        self.last_tokens = torch.zeros(0, dtype=torch.long)  # of the decoder's rows
+        self._shares = shares
+        self._places: list[int] = []  # the decoder's row of each of ours
+        self._decoding = 0  # how many these are
         self._draws: Draws | None = None  # None: the rows changed
 
     def waiting_rows(self) -> Iterator[_Row]:
@@ -242,7 +247,8 @@ class _Batch:
             yield self._row(request, sample)
 
     def admit(self, max_rows: int, max_cache_tokens: int) -> tuple[list[tuple[int, ...]], list[int]]:
-        """Takes the next samples in order while they fit; always one if nothing decodes."""
+        """Takes the next samples in order while they fit; always one if nothing decodes. What the decoder is to
+        admit: prompts, and how many rows of each."""
         prompts: list[tuple[int, ...]] = []
         repeats: list[int] = []
         taken: list[int] = []
@@ -253,25 +259,30 @@ class _Batch:
             size = len(self.rows) + 1
             if self.rows and (size > max_rows or size * longest > max_cache_tokens):
                 break
-            if taken and taken[-1] == request:
-                repeats[-1] += 1
-            else:
+            known = bool(taken) and taken[-1] == request
+            if not known:
                 prompts.append(self._requests[request].prompt)
-                repeats.append(1)
+                repeats.append(0)
                 taken.append(request)
+            if not (known and self._shares):
+                repeats[-1] += 1
+                self._decoding += 1
+            self._places.append(self._decoding - 1)
             self.rows.append(self._row(request, sample))
             self.waiting.pop(0)
             self._draws = None
         return prompts, repeats
 
-    def draw(self, logits_B_V: Tensor) -> list[_Row]:
-        """Draws each row's next token, marks the rows that it ends, and returns those that got one."""
+    def draw(self, logits_D_V: Tensor, decoder: Decoder) -> list[_Row]:
+        """Draws each sample's next token, marks those that it ends, and returns those that got one."""
         if self._draws is None:
             rows = [(self._requests[row.request].sampling, row.key, len(row.tokens)) for row in self.rows]
             self._draws = Draws(rows, self._device)
-        self.last_tokens, logprobs_B = self._draws.next(logits_B_V)
+        logits_B_V = logits_D_V[torch.tensor(self._places, device=self._device)] if self._shares else logits_D_V
+        tokens_B, logprobs_B = self._draws.next(logits_B_V)
+        tokens = tokens_B.tolist()
         moved: list[_Row] = []
-        for row, token, logprob in zip(self.rows, self.last_tokens.tolist(), logprobs_B.tolist(), strict=True):
+        for row, token, logprob in zip(self.rows, tokens, logprobs_B.tolist(), strict=True):
             if row.finish_reason is not None:
                 continue
             moved.append(row)
@@ -281,18 +292,49 @@ class _Batch:
                 row.finish_reason = "stop"
             elif len(row.tokens) >= row.limit:
                 row.finish_reason = "length"
+        self.last_tokens = self._parted(tokens, decoder) if self._shares else tokens_B
         return moved
 
+    def _parted(self, tokens: list[int], decoder: Decoder) -> Tensor:
+        """Samples of one row that drew different tokens part: the first goes on there, others in copies of it. The
+        last tokens of the decoder's rows."""
+        last = [0] * self._decoding
+        heirs: dict[tuple[int, int], int] = {}  # by row and token
+        taken: set[int] = set()
+        copied: list[int] = []
+        for number, (row, place, token) in enumerate(zip(self.rows, self._places, tokens, strict=True)):
+            if row.finish_reason is not None:
+                continue
+            heir = heirs.get((place, token))
+            if heir is None and place in taken:
+                heir = len(last)
+                copied.append(place)
+                last.append(token)
+            elif heir is None:
+                heir = place
+                taken.add(place)
+                last[place] = token
+            heirs[place, token] = self._places[number] = heir
+        if copied:
+            decoder.fork(torch.tensor(copied, device=self._device))
+            self._decoding = len(last)
+        return torch.tensor(last, device=self._device)
+
     def retire(self, decoder: Decoder) -> None:
-        """Takes the finished rows out, once they are enough to pay for moving the others' cache."""
+        """Takes the finished samples out, once they are enough to pay for moving the others' cache."""
         kept = [i for i, row in enumerate(self.rows) if row.finish_reason is None]
         finished = len(self.rows) - len(kept)
         if not finished or (kept and not self.waiting and finished * _RETIRE_PARTS < len(self.rows)):
             return
-        rows_K = torch.tensor(kept, dtype=torch.long, device=self._device)
-        decoder.keep(rows_K)
+        places = sorted({self._places[i] for i in kept})
+        if len(places) < self._decoding:
+            rows_K = torch.tensor(places, dtype=torch.long, device=self._device)
+            decoder.keep(rows_K)
+            self.last_tokens = self.last_tokens[rows_K]
+        moved = {place: number for number, place in enumerate(places)}
         self.rows = [self.rows[i] for i in kept]
-        self.last_tokens = self.last_tokens[rows_K]
+        self._places = [moved[self._places[i]] for i in kept]
+        self._decoding = len(places)
         self._draws = None
 
     def _row(self, request: int, sample: int) -> _Row:
