@@ -32,8 +32,11 @@ class Decoder(Protocol):
     @property
     def rows(self) -> int: ...
 
-    def admit(self, prompts: Sequence[Sequence[int]], repeats: Sequence[int]) -> Tensor:
-        """Prefills each prompt once and appends `repeats[i]` rows for it; logits [new rows, V] of its end."""
+    def admit(self, prompts: Sequence[Sequence[int]], repeats: Sequence[int], *, room: int = 0) -> Tensor:
+        """Prefills each prompt once and appends `repeats[i]` rows for it; logits [new rows, V] of its end.
+
+        `room`: how many rows there may be once some were forked.
+        """
 
     def step(self, tokens_B: Tensor) -> Tensor:
         """Appends one token to each row; logits [rows, V] after it."""
@@ -181,7 +184,7 @@ class RowDecoder:
         self._column = 0
         self._hidden_BK_1_T = None
 
-    def admit(self, prompts: Sequence[Sequence[int]], repeats: Sequence[int]) -> Tensor:
+    def admit(self, prompts: Sequence[Sequence[int]], repeats: Sequence[int], *, room: int = 0) -> Tensor:
         device = self._body.embed_tokens.weight.device
         if not self.rows:
             for tensor in (*self._keys, *self._values):
@@ -194,7 +197,7 @@ class RowDecoder:
         first = self.rows
         self._open_columns(int(lengths_P.max()))
         self._starts_B = torch.cat([self._starts_B.to(device), self._column - lengths_P[owner_N]])
-        self._reserve(self.rows, self._column + 1)
+        self._reserve(max(self.rows, room), self._column + 1)
         logits: dict[int, Tensor] = {}
         for chunk in _chunks(prompts):
             width = len(prompts[chunk[-1]])
@@ -264,8 +267,7 @@ class RowDecoder:
 
     def fork(self, rows_F: Tensor) -> None:
         before, K = self.rows, self._kv_heads
-        if before + len(rows_F) > self._keys[0].shape[0]:
-            self._reserve(2 * before + len(rows_F), self._column)  # more of them will come
+        self._reserve(before + len(rows_F), self._column)
         _copy_rows([*self._keys, *self._values], rows_F, before, self._column)
         self._starts_B = torch.cat([self._starts_B, self._starts_B[rows_F]])
         if self._hidden_BK_1_T is not None:
@@ -424,7 +426,7 @@ class CacheDecoder:
         self._cache = None
         self._mask_B_T = self._mask_B_T[:0]
 
-    def admit(self, prompts: Sequence[Sequence[int]], repeats: Sequence[int]) -> Tensor:
+    def admit(self, prompts: Sequence[Sequence[int]], repeats: Sequence[int], *, room: int = 0) -> Tensor:
         if self.rows:
             raise RuntimeError("CacheDecoder.admit: rows are still decoding; keep none of them first")
         from transformers import DynamicCache

@@ -212,7 +212,7 @@ class _Lane:
         prompts, repeats = self.batch.admit(self.max_rows, self.max_cache_tokens)
         if not prompts:
             return logits if self.batch.rows else None
-        joined = self.decoder.admit(prompts, repeats)
+        joined = self.decoder.admit(prompts, repeats, room=len(self.batch.rows))
         return joined if logits is None else torch.cat([logits, joined])
 
 

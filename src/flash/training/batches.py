@@ -195,8 +195,9 @@ def collate(
     """Pads on the right: with causal layers what follows a token can't reach it, so no mask is needed. What follows
     a row's last predictor is left out: nothing asks for it.
 
-    `openings[b] = (row, length)` says that row b begins with the same `length` tokens as `row`, which must
-    come no later and have no earlier partner itself; a row without a partner names itself.
+    With `openings`, what rows begin with alike is found and shared. `openings[b] = (row, length)` says where attention
+    may be split: row b begins with the same `length` tokens as `row`, which must come no later and have no earlier
+    partner itself; a row without a partner names itself.
     """
     longest = max(len(row) for row in rows)
     tokens = np.full((len(rows), longest), pad_id, dtype=np.int64)
