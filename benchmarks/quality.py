@@ -5,13 +5,15 @@ The same rows, reward, LoRA, optimiser, batch and threads on both sides, three s
 learning rate for both; then each side with the better of two, found on the first seed. The score is the step's mean
 reward (GRPO), or minus its mean loss on rows not seen before (SFT), averaged over five steps; time counts from the end
 of the first step (`waits` measures how soon that is). SFT, whose rate falls, has the same steps on both sides; GRPO the
-same time, which is what TRL takes for its steps. One command: `python benchmarks/run.py quality`.
+same time, which is what TRL takes for its steps. One command, an hour: `python benchmarks/run.py quality`;
+`FLASH_QUALITY_SEEDS=1` is a third of it.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import os
 import statistics
 import sys
 from pathlib import Path
@@ -24,7 +26,7 @@ import flash.catalog
 
 NANO = Path(flash.catalog.__file__).parent / "nano"
 EXAMPLES = ROOT.parent / "examples"
-SEEDS = (0, 1, 2)
+SEEDS = range(int(os.environ.get("FLASH_QUALITY_SEEDS", "3")))
 SHARES = (0.5, 0.75, 0.9)
 WINDOW = 5  # steps
 LORA = {"lora_rank": 32, "lora_alpha": 64}
