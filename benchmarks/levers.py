@@ -17,7 +17,7 @@ from benchmarks.measure import ROOT, Spread, run_side, write_result
 import flash.catalog
 
 ARITHMETIC = ROOT.parent / "examples" / "arithmetic"
-PAIRS = 5
+PAIRS = 9
 JOB: dict[str, Any] = {
     "model": str(Path(flash.catalog.__file__).parent / "nano"), "threads": 2, "pairs": PAIRS, "steps": 5,
     "environment": str(ARITHMETIC),
