@@ -2,7 +2,7 @@
 
 CPU, fp32. All levers are measured in turn within one process, with and without in alternation; the scripted chains,
 which are decided at the import, in processes of their own. Levers of serving, starting and preparing have benchmarks
-that measure both sides anyway. One command: `python benchmarks/run.py levers`, five minutes on two idle cores.
+that measure both sides anyway. One command: `python benchmarks/run.py levers`, ten minutes on two idle cores.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The engine in this process: many requests decoded together on a transformers model, with adapters.
 
 Owns the batch: which samples decode now, what each has drawn, when it ends. A prompt is prefilled once for
-all its samples, finished rows leave the batch, log-probs are captured while sampling. It shares the model
-with whoever trains it: an adapter under training is sampled with its live weights, nothing is copied and
-nothing is merged. Knows no templates and no rewards.
+all its samples, which decode as one row until they differ; finished rows leave the batch, log-probs are
+captured while sampling. It shares the model with whoever trains it: an adapter under training is sampled
+with its live weights, and nothing is merged. Knows no templates and no rewards.
 """
 
 from __future__ import annotations

@@ -199,11 +199,10 @@ def collate(
     may be split: row b begins with the same `length` tokens as `row`, which must come no later and have no earlier
     partner itself; a row without a partner names itself.
     """
-    longest = max(len(row) for row in rows)
-    tokens = np.full((len(rows), longest), pad_id, dtype=np.int64)
-    chosen = np.zeros((len(rows), longest), dtype=np.bool_)
+    tokens = _padded(rows, pad_id)
+    longest = tokens.shape[1]
+    chosen = np.zeros(tokens.shape, dtype=np.bool_)
     for number, (row, mask) in enumerate(zip(rows, trained, strict=True)):
-        tokens[number, : len(row)] = row
         chosen[number, : len(row)] = mask
     chosen[:, 0] = False  # nothing predicts the first token
     row_N, column_N = chosen.nonzero()
@@ -221,10 +220,8 @@ def _sharing(
     tokens_B_T: Ints, lengths: Ints, openings: Sequence[tuple[int, int]], device: torch.device
 ) -> Sharing:
     openings = [(row, min(length, *lengths[[number, row]].tolist())) for number, (row, length) in enumerate(openings)]
-    source_B_T = _first_alike(tokens_B_T, lengths)
-    flat_B_T = np.arange(source_B_T.size).reshape(source_B_T.shape)
-    real_B_T = np.arange(source_B_T.shape[1]) < lengths[:, None]
-    computed = np.flatnonzero((source_B_T == flat_B_T) & real_B_T)
+    source_B_T, fresh_B_T = _prefix_tree(tokens_B_T, lengths)
+    computed = np.flatnonzero(fresh_B_T)
     rank = np.zeros(source_B_T.size, dtype=np.int64)
     rank[computed] = np.arange(len(computed))
     place_B_T = rank[source_B_T]
@@ -234,18 +231,22 @@ def _sharing(
 
 def fresh_tokens(rows: Sequence[Sequence[int]]) -> list[int]:
     """How many positions of each row no other row stands for: what it costs where rows share their openings."""
-    lengths = np.asarray([len(row) for row in rows])
-    tokens = np.zeros((len(rows), int(lengths.max())), dtype=np.int64)
-    for number, row in enumerate(rows):
-        tokens[number, : len(row)] = row
-    own = _first_alike(tokens, lengths) == np.arange(tokens.size).reshape(tokens.shape)
-    fresh: list[int] = (own & (np.arange(tokens.shape[1]) < lengths[:, None])).sum(axis=1).tolist()
+    tokens_B_T = _padded(rows, 0)
+    fresh: list[int] = _prefix_tree(tokens_B_T, np.asarray([len(row) for row in rows]))[1].sum(axis=1).tolist()
     return fresh
 
 
-def _first_alike(tokens_B_T: Ints, lengths: Ints) -> Ints:
-    """For each position the flat one, of whichever row, that stands for all rows with the same tokens up to there:
-    the rows' prefix tree. In sorted order a row has the longest opening in common with its neighbour."""
+def _padded(rows: Sequence[npt.NDArray[np.int32] | Sequence[int]], pad_id: int) -> Ints:
+    tokens_B_T = np.full((len(rows), max(len(row) for row in rows)), pad_id, dtype=np.int64)
+    for number, row in enumerate(rows):
+        tokens_B_T[number, : len(row)] = row
+    return tokens_B_T
+
+
+def _prefix_tree(tokens_B_T: Ints, lengths: Ints) -> tuple[Ints, npt.NDArray[np.bool_]]:
+    """For each position the flat one, of whichever row, that stands for all rows with the same tokens up to there;
+    and whether that is itself, and no padding. In sorted order a row has its longest known opening in common with the
+    row before it."""
     rows, longest = tokens_B_T.shape
     order = np.asarray(sorted(range(rows), key=lambda row: tokens_B_T[row, : lengths[row]].tobytes()))
     tokens, ends, columns = tokens_B_T[order], lengths[order], np.arange(longest)
@@ -253,9 +254,10 @@ def _first_alike(tokens_B_T: Ints, lengths: Ints) -> Ints:
     own = np.ones((rows, longest), dtype=np.bool_)
     own[1:] = ~np.logical_and.accumulate(alike, axis=1)
     first = np.maximum.accumulate(np.where(own, np.arange(rows)[:, None], 0), axis=0)
-    source_B_T = np.empty((rows, longest), dtype=np.int64)
+    source_B_T, fresh_B_T = np.empty_like(tokens_B_T), np.empty_like(own)
     source_B_T[order] = order[first] * longest + columns
-    return source_B_T
+    fresh_B_T[order] = own & (columns < ends[:, None])
+    return source_B_T, fresh_B_T
 
 
 def _split(

@@ -419,7 +419,7 @@ def _shares(policy: Policy, rows: TokenRows, indices: Ints, token_budget: int) -
 def _collated(policy: Policy, rows: Targets) -> MicroBatch:
     return collate(
         [row.tokens for row in rows],
-        [np.arange(len(row.tokens)) >= row.trained_from for row in rows],
+        [row.trained for row in rows],
         pad_id=policy.base.pad_id,
         device=policy.base.device,
         openings=_opening(rows) if policy.shares_openings else None,
