@@ -8,6 +8,7 @@ import random
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 from sqlalchemy.engine import URL
 from tests.team.postgres import Postgres
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
 
 # Servers of tests that train nothing need not load torch; those that do train begin without FLASH_ variables.
 os.environ.setdefault("FLASH_SERVER_PRELOAD", "false")
+
+
+# How long an example takes says how busy the machine is, nothing of what is tested.
+hypothesis.settings.register_profile("flash", deadline=None)
+hypothesis.settings.load_profile("flash")
 
 
 @pytest.fixture(scope="session")

@@ -51,7 +51,7 @@ def test_the_price_is_hours_times_the_rate_and_ones_own_machine_is_free():
     assert of("flash/nano", hardware=CPU).usd == 0.0
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     model=st.sampled_from(sorted(SHIPPED)),
     algorithm=st.sampled_from(["sft", "grpo"]),

@@ -113,7 +113,7 @@ def test_a_layer_keeps_the_bytes_that_autograd_really_saves(layout, width):
 SIZES = ("max_length", "batch_size", "lora_rank")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     model=st.sampled_from(sorted(SHIPPED)),
     algorithm=st.sampled_from(["sft", "grpo"]),

@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from torture.configs import FULL, OVERRIDES, TREES, check, check_file, check_override, damage, mutate, starter
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(TREES)
 def test_any_tree(tables):
     check(tables)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(OVERRIDES)
 def test_any_override(override):
     check_override(override)

@@ -260,7 +260,7 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
     return Snapshot(tuple(runs), draw(st.sampled_from([(), ("a",), ("a", "b")])))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(snapshots())
 def test_never_two_attempts_on_one_device_and_never_a_second_life(snapshot: Snapshot):
     actions = decide(snapshot, NOW, SETTINGS)
@@ -286,7 +286,7 @@ def test_never_two_attempts_on_one_device_and_never_a_second_life(snapshot: Snap
     assert len(judged) == len(set(judged))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(snapshots())
 def test_deciding_is_a_function_of_what_it_sees(snapshot: Snapshot):
     assert decide(snapshot, NOW, SETTINGS) == decide(snapshot, NOW, SETTINGS)

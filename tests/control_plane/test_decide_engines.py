@@ -198,7 +198,7 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
     return Snapshot((*runs, *queued), DEVICES, engines=(*found, *waiting))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(snapshots())
 def test_a_device_is_never_promised_twice_and_no_busy_engine_leaves_for_another(snapshot: Snapshot):
     actions = decide(snapshot, 0.0, SETTINGS)

@@ -127,7 +127,7 @@ def situations(draw: st.DrawFn) -> tuple[Snapshot, bool]:
     return Snapshot(tuple(draw(st.permutations(runs))), tuple(devices), orgs=standings), empty
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(situations())
 def test_no_device_idles_and_shares_are_fair_and_order_is_kept(situation: tuple[Snapshot, bool]):
     snapshot, empty = situation

@@ -427,7 +427,7 @@ def test_no_made_up_call_is_a_5xx_or_tells_of_another_org(service: Service, exam
 
         @seed(7)
         @settings(
-            max_examples=examples, database=None, deadline=None, phases=[Phase.generate],
+            max_examples=examples, database=None, phases=[Phase.generate],
             suppress_health_check=list(HealthCheck),
         )  # fmt: skip
         @given(operation.as_strategy())

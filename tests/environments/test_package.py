@@ -250,7 +250,7 @@ def test_a_header_that_would_fill_memory_is_refused(tmp_path: Path) -> None:
 VALID = tar(("environment.py", ENTRY), ("dataset/train.jsonl", b'{"input": "a"}\n'), ("ü" * 60, b"x"))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_damaged_archives_give_package_errors_only(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory

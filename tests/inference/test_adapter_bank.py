@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -41,7 +41,6 @@ ADAPTERS = [adapter(rank, seed, without) for seed, (rank, without) in enumerate(
 wearers = st.lists(st.none() | st.integers(0, len(ADAPTERS) - 1), min_size=1, max_size=12)
 
 
-@settings(deadline=None)
 @given(wearers, st.booleans(), st.integers(8, 10))
 def test_a_batch_of_any_adapters_gets_each_rows_own_update(worn: list[int | None], sums: bool, most: int) -> None:
     bank = AdapterBank(SITES, device=CPU, dtype=torch.float32, most=most, sums=sums)
@@ -60,7 +59,6 @@ def test_a_batch_of_any_adapters_gets_each_rows_own_update(worn: list[int | None
         assert torch.allclose(one_each, (base + expected)[::3], atol=1e-4)
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, len(ADAPTERS) - 1), max_size=40))
 def test_adapters_come_and_go_and_none_that_is_needed_goes(asked: list[int]) -> None:
     bank = AdapterBank(SITES, device=CPU, dtype=torch.float32, most=2)

@@ -73,7 +73,7 @@ def reference(layout: str, messages: list, *, prompt: bool, thinking: bool) -> l
 
 @every_layout
 @either_way
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(system=st.none() | texts, user=texts, answer=texts, trace=st.none() | texts)
 def test_targets_are_the_templates_own_text_trained_after_the_prompt(
     layout: str, thinking: bool, system: str | None, user: str, answer: str, trace: str | None
@@ -147,7 +147,7 @@ fragments = st.lists(
 
 @pytest.mark.parametrize("name", [*LAYOUTS, *ODD])
 @either_way
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(rows=st.lists(st.tuples(fragments, fragments), max_size=4))
 def test_many_targets_are_tokenised_as_one_is(name: str, thinking: bool, rows: list[tuple[str, str]]) -> None:
     renderer = ChatRenderer(ODD[name] if name in ODD else tokenizer(name), thinking=thinking)

@@ -33,7 +33,7 @@ def tokenizer(folder: Any) -> Any:
 
 
 @either_way
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(system=st.none() | texts, user=texts, answer=texts, trace=texts)
 def test_an_answer_is_trained_after_the_very_prompt_it_is_sampled_after(
     tokenizer: Any, thinking: bool, system: str | None, user: str, answer: str, trace: str

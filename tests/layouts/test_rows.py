@@ -33,7 +33,7 @@ rows_of_tokens = st.lists(
 ROUNDING = 1e-4  # nats: what these random models' fp32 allows at worst; a leak is a hundred times that
 # the policy is one for all examples on purpose: making it is what takes long
 few = settings(
-    max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=10, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )  # fmt: skip
 
 

@@ -30,7 +30,7 @@ FILES = st.binary(max_size=60) | st.builds(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(weights=FILES, index=st.none() | JSON.map(json.dumps) | st.text(max_size=30), config=JSON.map(json.dumps))
 def test_odd_files_are_named_and_never_a_traceback(weights, index, config):
     with tempfile.TemporaryDirectory() as name:

@@ -26,7 +26,7 @@ def prompt_of(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) ->
     return render(tokenizer, messages, add_generation_prompt=True, **options)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=st.text())
 def test_any_text_survives_a_round_trip(tokenizer: Any, text: str) -> None:
     ids = tokenizer.encode(text, add_special_tokens=False)
@@ -34,7 +34,7 @@ def test_any_text_survives_a_round_trip(tokenizer: Any, text: str) -> None:
     assert tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) == plain
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(text=st.from_regex(r"[0-9a-z +\-\n]{0,40}", fullmatch=True))
 def test_digits_and_line_breaks_are_single_tokens(tokenizer: Any, text: str) -> None:
     tokens = tokenizer.convert_ids_to_tokens(tokenizer.encode(text, add_special_tokens=False))

@@ -24,7 +24,7 @@ def test_no_made_up_call_breaks_the_host(scripted, tmp_path, examples):
 
         @seed(11)
         @settings(
-            max_examples=count, database=None, deadline=None, phases=[Phase.generate],
+            max_examples=count, database=None, phases=[Phase.generate],
             suppress_health_check=list(HealthCheck),
         )  # fmt: skip
         @given(operation.as_strategy())

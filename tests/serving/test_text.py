@@ -84,7 +84,7 @@ def pieces_of(text: str, cuts: list[int]) -> list[str]:
 CUTS = st.lists(st.integers(0, 200), max_size=12)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     text=st.text("ab#\n", max_size=40),
     stops=st.lists(st.text("ab#\n", min_size=1, max_size=4), max_size=3),
@@ -127,7 +127,7 @@ def test_reasoning_is_apart_from_the_answer(text, opened, expected):
         assert split(pieces, opened=opened) == expected
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     parts=st.lists(st.sampled_from(["<think>", "</think>", "\n", "<", "a", " ", "think>"]), max_size=12),
     opened=st.booleans(),

@@ -149,7 +149,7 @@ def test_an_attempts_end_is_told_while_the_run_is_open_and_not_after(database: D
 # --- history ----------------------------------------------------------------------------------------
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_however_batches_are_cut_repeated_and_shuffled_history_is_whole_and_in_order(database: Database, data):
     with database.write() as connection:  # each example has a run of its own in the shared database

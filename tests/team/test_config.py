@@ -149,7 +149,7 @@ VALUES = st.one_of(
 )  # fmt: skip
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.dictionaries(st.sampled_from([*ServerSettings.model_fields, "x"]), VALUES, max_size=5))
 def test_whatever_a_file_says_it_is_read_or_refused_by_key(tmp_path_factory, values: dict):
     lines = [f"{name} = {json.dumps(value)}" for name, value in values.items()]

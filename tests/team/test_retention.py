@@ -156,7 +156,7 @@ def plans(draw: st.DrawFn) -> list[dict[str, Any]]:
     return found
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, suppress_health_check=list(HealthCheck))
 @given(plan=plans(), deleted=st.lists(st.sampled_from([None, 1.0, 9.0]), min_size=3, max_size=3))
 def test_what_is_needed_stays_and_what_is_not_goes(tmp_path_factory: pytest.TempPathFactory, plan, deleted):
     with Team(tmp_path_factory.mktemp("kept"), **DAYS, clean_interval_s=0.0, work_grace_s=0.0) as team:

@@ -223,7 +223,7 @@ def test_another_orgs_object_is_a_404_on_every_route_that_names_one(two):
     assert named >= 12
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_whatever_is_asked_nothing_of_another_org_comes_back_or_changes(two, data):
     team, mine, ids = two

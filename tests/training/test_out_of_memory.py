@@ -136,7 +136,7 @@ def test_other_faults_pass_and_a_retreat_ends() -> None:
     assert told == [("out_of_memory", f"step 1 did not fit into memory; {n} left") for n in (2, 1)]
 
 
-@settings(max_examples=15, deadline=None)  # each attempt collects garbage, which takes its time
+@settings(max_examples=15)  # each attempt collects garbage, which takes its time
 @given(
     lengths=st.lists(st.integers(1, 500), min_size=1, max_size=40),
     planned=st.integers(1, 40_000),

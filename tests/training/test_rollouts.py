@@ -115,7 +115,7 @@ def says(tokenizer: Any, text: str, *, end: bool = True) -> list[int]:
 # --- the property ---------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**32),
     group_size=st.integers(1, 4),

@@ -33,7 +33,7 @@ def collected(redactor=NOTHING, settings=FAST, clock=time.monotonic):
     return LogIntake(lines.append, redactor, settings, clock=clock), lines
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(st.sampled_from([SECRET, "abc", "abcabcab", "\n", "x", "ab", "\r"]), max_size=12).map("".join),
     st.lists(st.integers(min_value=1, max_value=9), min_size=1, max_size=40),
