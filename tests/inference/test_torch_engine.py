@@ -301,6 +301,25 @@ def test_adapters_load_from_files_and_are_never_merged(tmp_path: Path) -> None:
         engine.generate([Request((1,), greedy, adapter="loaded")])
 
 
+def test_a_broken_adapter_leaves_nothing_behind() -> None:
+    base = tiny("qwen3")
+    noisy_adapter(base)
+    greedy = Sampling(24, temperature=0.0)
+    engine = TorchEngine(base, max_rows=2)
+    long = [Request(prompt, greedy, adapter="policy") for prompt in prompts(60, 70)]
+    engine.generate(long)
+    with torch.no_grad():
+        for pair in base.adapters["policy"].pairs.values():
+            pair.B.fill_(torch.nan)
+    engine.generate(long)
+    # the last one joins the first, and needs more columns than that has
+    requests = [
+        Request(prompt, replace(greedy, max_tokens=limit))
+        for prompt, limit in zip(prompts(4, 3, 50), (24, 4, 6), strict=True)
+    ]
+    assert engine.generate(requests) == TorchEngine(base, max_rows=2).generate(requests)
+
+
 def test_an_adapter_in_training_is_sampled_live() -> None:
     base = tiny("qwen3")
     noisy_adapter(base)

@@ -136,10 +136,11 @@ def prefill(
 @scripted
 def decode_step(
     x_B_H: Tensor,
-    cos_B_1_D: Tensor,
-    sin_B_1_D: Tensor,
-    hidden_BK_1_T: Tensor,
+    starts_B: Tensor,
+    hidden_BK_1_C: Tensor,
     column: int,
+    cos_T_1_D: Tensor,
+    sin_T_1_D: Tensor,
     heads: int,
     scale: float,
     keys: list[Tensor],
@@ -147,9 +148,13 @@ def decode_step(
     layers: list[Weights],
     head_V_H: Tensor,
 ) -> Tensor:
-    """`RowDecoder.step` from embeddings to logits: one token a row, filed at `column` of the caches."""
+    """`RowDecoder.step` from embeddings to logits: one token a row, filed at `column` of the caches. cos and sin are of
+    all positions, what is hidden of all columns."""
     B = x_B_H.size(0)
     K, D = keys[0].size(1), keys[0].size(3)
+    positions_B = column - starts_B
+    cos_B_1_D, sin_B_1_D = cos_T_1_D.index_select(0, positions_B), sin_T_1_D.index_select(0, positions_B)
+    hidden_BK_1_T = hidden_BK_1_C[:, :, : column + 1]
     x = x_B_H
     for number, layer in enumerate(layers):
         q, k, v = _heads_of(layer, x, cos_B_1_D, sin_B_1_D, heads, K)

@@ -186,9 +186,6 @@ class RowDecoder:
 
     def admit(self, prompts: Sequence[Sequence[int]], repeats: Sequence[int], *, room: int = 0) -> Tensor:
         device = self._body.embed_tokens.weight.device
-        if not self.rows:
-            for tensor in (*self._keys, *self._values):
-                tensor.zero_()  # of an earlier batch, and by the lane that will fill it
         if self._copies and not self._copied:
             self._copied = [copied(layer) for layer in self._body.layers]
             self._head = copied_head(self._model)
@@ -198,6 +195,8 @@ class RowDecoder:
         self._open_columns(int(lengths_P.max()))
         self._starts_B = torch.cat([self._starts_B.to(device), self._column - lengths_P[owner_N]])
         self._reserve(max(self.rows, room), self._column + 1)
+        for tensor in (*self._keys, *self._values):
+            _hide(tensor[first : self.rows, :, : self._column])
         logits: dict[int, Tensor] = {}
         for chunk in _chunks(prompts):
             width = len(prompts[chunk[-1]])
@@ -241,16 +240,17 @@ class RowDecoder:
     def step(self, tokens_B: Tensor) -> Tensor:
         B, K, column = self.rows, self._kv_heads, self._column
         self._reserve(B, column + 1)
-        cos, sin = self._rotations.at(column - self._starts_B, column + 1)
-        hidden_BK_1_T = self._hidden_columns(column + 1)
+        hidden_BK_1_C = self._hidden_columns()
         scale = self._head_dim**-0.5
         x = self._body.embed_tokens(tokens_B)
         self._column += 1
         if self._copied:
             return decode_step(
-                x, cos, sin, hidden_BK_1_T, column, self._heads, scale, self._keys, self._values, self._copied,
-                self._head,
+                x, self._starts_B, hidden_BK_1_C, column, *self._rotations.table(column + 1), self._heads, scale,
+                self._keys, self._values, self._copied, self._head,
             )  # fmt: skip
+        cos, sin = self._rotations.at(column - self._starts_B, column + 1)
+        hidden_BK_1_T = hidden_BK_1_C[:, :, : column + 1]
         for layer, keys, values in zip(self._layers, self._keys, self._values, strict=True):
             q, k, v = self._heads_of(layer, layer.attention_norm(x), cos, sin)  # [B, heads, d]
             keys[:B, :, column] = k
@@ -297,17 +297,18 @@ class RowDecoder:
             for cache in (self._keys, self._values) if rows else ():
                 for tensor in cache:
                     tensor[:rows, :, missing:longest] = tensor[:rows, :, :before].clone()
+                    _hide(tensor[:rows, :, :missing])
         self._hidden_BK_1_T = None
 
-    def _hidden_columns(self, columns: int) -> Tensor:
-        """What to add to the scores [rows * kv heads, 1, columns] so that no row sees what is not its own."""
+    def _hidden_columns(self) -> Tensor:
+        """What to add to the scores [rows * kv heads, 1, capacity] so that no row sees what is not its own."""
         if self._hidden_BK_1_T is None:
             capacity = self._keys[0].shape[2]
             before_B_T = torch.arange(capacity, device=self._starts_B.device) < self._starts_B[:, None]
             bias_B_T = torch.zeros(before_B_T.shape, dtype=self._keys[0].dtype, device=before_B_T.device)
             bias_B_T.masked_fill_(before_B_T, float("-inf"))
             self._hidden_BK_1_T = bias_B_T.repeat_interleave(self._kv_heads, dim=0)[:, None]
-        return self._hidden_BK_1_T[:, :, :columns]
+        return self._hidden_BK_1_T
 
     def _heads_of(self, layer: _Layer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [..., heads, head dim], normed where the layout says so, and rotated."""
@@ -327,12 +328,17 @@ class RowDecoder:
         shape = (rows, self._kv_heads, columns, self._head_dim)
         for name in ("_keys", "_values"):
             old: list[Tensor] = getattr(self, name)
-            # zeros, not empty: a hidden column still takes part in weights @ values, as 0 times its content
-            fresh = [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in self._body.layers]
+            fresh = [torch.empty(shape, dtype=weight.dtype, device=weight.device) for _ in self._body.layers]
             for new, before in zip(fresh, old, strict=False):
                 new[: have[0], :, : have[2]] = before
             setattr(self, name, fresh)
         self._hidden_BK_1_T = None
+
+
+def _hide(columns: Tensor) -> None:
+    """A hidden column takes part in scores and weighted values all the same, as 0 times its content: so that must be
+    a number."""
+    columns.zero_()
 
 
 @scripted
@@ -352,6 +358,11 @@ class Rotations:
 
     def at(self, positions: Tensor, longest: int) -> tuple[Tensor, Tensor]:
         """cos and signed sin [positions, 1, head dim]; all positions are below `longest`."""
+        cos, sin = self.table(longest)
+        return cos[positions], sin[positions]
+
+    def table(self, longest: int) -> tuple[Tensor, Tensor]:
+        """cos and signed sin of all positions below `longest`, and some more: [positions, 1, head dim]."""
         if self._angles is None or self._angles[0].shape[0] < longest:
             size = longest + 4 * _GROWTH
             x = self._body.embed_tokens.weight[:1, :1]
@@ -359,7 +370,7 @@ class Rotations:
             # the half turn's sign, once for all
             sin = torch.cat((-sin[0, :, : self._half], sin[0, :, self._half :]), dim=-1)
             self._angles = (cos[0, :, None, :].contiguous(), sin[:, None, :])
-        return self._angles[0][positions], self._angles[1][positions]
+        return self._angles
 
 
 def rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Literal
 
@@ -278,7 +279,8 @@ class _Batch:
         if self._draws is None:
             rows = [(self._requests[row.request].sampling, row.key, len(row.tokens)) for row in self.rows]
             self._draws = Draws(rows, self._device)
-        logits_B_V = logits_D_V[torch.tensor(self._places, device=self._device)] if self._shares else logits_D_V
+        alone = len(self.rows) == self._decoding
+        logits_B_V = logits_D_V if alone else logits_D_V[torch.tensor(self._places, device=self._device)]
         tokens_B, logprobs_B = self._draws.next(logits_B_V)
         tokens = tokens_B.tolist()
         moved: list[_Row] = []
@@ -292,7 +294,7 @@ class _Batch:
                 row.finish_reason = "stop"
             elif len(row.tokens) >= row.limit:
                 row.finish_reason = "length"
-        self.last_tokens = self._parted(tokens, decoder) if self._shares else tokens_B
+        self.last_tokens = tokens_B if alone else self._parted(tokens, decoder)
         return moved
 
     def _parted(self, tokens: list[int], decoder: Decoder) -> Tensor:
@@ -318,7 +320,16 @@ class _Batch:
         if copied:
             decoder.fork(torch.tensor(copied, device=self._device))
             self._decoding = len(last)
+            self._line_up()
         return torch.tensor(last, device=self._device)
+
+    def _line_up(self) -> None:
+        """Once every sample is a row of the decoder's by itself, they take these rows' order: nothing needs moving
+        between them from then on. No row of the decoder's is without a sample, so equal counts mean just that."""
+        if len(self.rows) == self._decoding:
+            self.rows = [row for _, row in sorted(zip(self._places, self.rows, strict=True), key=itemgetter(0))]
+            self._places = list(range(self._decoding))
+            self._draws = None
 
     def retire(self, decoder: Decoder) -> None:
         """Takes the finished samples out, once they are enough to pay for moving the others' cache."""
@@ -336,6 +347,7 @@ class _Batch:
         self._places = [moved[self._places[i]] for i in kept]
         self._decoding = len(places)
         self._draws = None
+        self._line_up()
 
     def _row(self, request: int, sample: int) -> _Row:
         sampling = self._requests[request].sampling
