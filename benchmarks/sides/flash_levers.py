@@ -100,7 +100,7 @@ _logprobs = policy.Policy.logprobs
 
 
 def everywhere(self: policy.Policy, batch: Any, **how: Any) -> torch.Tensor:
-    """Last layer and head at all positions, trained or not."""
+    """Last layer and head at all positions that are computed, trained or not."""
     tokens = batch.tokens_B_T.view(-1)
     targets = tokens.roll(-1)
     targets[batch.predictors_N] = batch.targets_N  # a row's last one is not among the tokens

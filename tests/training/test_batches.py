@@ -19,6 +19,7 @@ from flash.training.batches import (
     collate,
     epoch_order,
     fresh_tokens,
+    lane_batches,
     micro_batches,
     steps_per_epoch,
 )
@@ -43,7 +44,6 @@ def test_epochs_and_seeds_shuffle_differently() -> None:
     assert len(set(orders)) == 4
 
 
-@settings(deadline=None)
 @given(lengths=LENGTHS, budget=st.integers(1, 2000), overhead=st.integers(0, 500))
 def test_micro_batches_hold_every_row_once_within_the_budget(lengths: list[int], budget: int, overhead: int) -> None:
     groups = micro_batches(lengths, token_budget=budget, overhead_tokens=overhead)
@@ -60,7 +60,7 @@ def test_an_epochs_order_is_numpys_permutation(rows: int, seed: int, epoch: int)
     assert epoch_order.__wrapped__(rows, seed, epoch).tolist() == expected.tolist()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=8), overhead=st.integers(0, 60))
 def test_no_split_into_runs_of_like_length_is_cheaper(lengths: list[int], overhead: int) -> None:
     def cost(groups: list[list[int]]) -> int:
@@ -93,7 +93,7 @@ def test_each_trained_token_meets_the_state_before_it() -> None:
     assert batch.tokens_B_T.reshape(-1)[batch.predictors_N].tolist() == [5, 6, 10, 11]
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(rows=st.lists(st.tuples(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=9), st.integers(0, 9))))
 def test_rows_come_back_from_their_file_as_they_were(rows, tmp_path_factory) -> None:
     targets = [RenderedTarget(tuple(tokens), min(start, len(tokens))) for tokens, start in rows]
@@ -130,7 +130,6 @@ def mapped_bytes() -> int:
     return 1024 * int(line.split()[1])
 
 
-@settings(deadline=None)
 @given(rows=st.lists(st.lists(st.integers(0, 2), min_size=2, max_size=9), min_size=1, max_size=12))
 @example(rows=[[1, 1, 1], [1, 1], [1, 1, 1, 1], [0, 0], [1, 1, 1]])
 def test_what_rows_begin_with_alike_is_computed_once(rows: list[list[int]]) -> None:
@@ -148,4 +147,29 @@ def test_what_rows_begin_with_alike_is_computed_once(rows: list[list[int]]) -> N
     for opening, u in found.items():
         b, t = divmod(int(batch.sharing.computed_U[u]), length)
         assert tuple(rows[b][: t + 1]) == opening and t == len(opening) - 1
-    assert sum(fresh_tokens([row[:-1] for row in rows])) == len(found)
+    in_all = sum(all(opening in of_row for of_row in openings) for opening in found)
+    assert sum(fresh_tokens([row[:-1] for row in rows])) == len(found) - in_all  # every lane computes those
+
+
+@given(rows=st.lists(st.lists(st.integers(0, 2), min_size=2, max_size=60), max_size=30), lanes=st.integers(1, 3))
+def test_lanes_take_every_row_once_in_runs(rows: list[list[int]], lanes: int) -> None:
+    found = lane_batches(rows, lanes=lanes, token_budget=200, overhead_tokens=10, shares_openings=True)
+    runs = [sorted(number for batch in lane for number in batch) for lane in found]
+    assert [number for run in runs for number in run] == list(range(len(rows))) and len(runs) <= lanes
+
+
+@pytest.mark.parametrize("opening", [0, 300])
+def test_lanes_compute_about_as_much_where_openings_are_shared(opening: int) -> None:
+    system = list(range(opening))
+    agreeing = [[*system, 1000, *range(40)]] * 24  # one of them is computed
+    others = [[*system, 2000 + number, *range(20)] for number in range(24)]
+
+    def computed(shares_openings: bool) -> list[int]:
+        rows = [*agreeing, *others]
+        lanes = lane_batches(
+            rows, lanes=2, token_budget=10**6, overhead_tokens=10**6, shares_openings=shares_openings
+        )
+        return [len({tuple(rows[n][:end]) for n in lane[0] for end in range(1, len(rows[n]) + 1)}) for lane in lanes]
+
+    assert max(computed(True)) - min(computed(True)) <= 42
+    assert max(computed(False)) - min(computed(False)) > 400

@@ -18,7 +18,7 @@ def case(seed: int, rows: int, hidden: int = 12, vocabulary: int = 37) -> tuple[
     return states, head, targets, torch.randn(rows, generator=generator)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 10_000),
     rows=st.integers(1, 20),
@@ -35,6 +35,30 @@ def test_any_chunking_equals_the_full_head(seed: int, rows: int, chunk: int, tem
     (plain * weights).sum().backward()
 
     assert torch.allclose(ours, plain, atol=1e-5)
+    assert torch.allclose(ours_gradient, states.grad, atol=1e-5)
+
+
+@settings(max_examples=40)
+@given(
+    seed=st.integers(0, 10_000),
+    rows_N=st.lists(st.integers(0, 6), max_size=20),
+    chunk=st.integers(1, 9),
+    temperature=st.sampled_from([1.0, 1.7]),
+)
+def test_a_state_may_predict_any_number_of_targets(
+    seed: int, rows_N: list[int], chunk: int, temperature: float
+) -> None:
+    states, head, _, _ = case(seed, 7)
+    _, _, targets, weights = case(seed, len(rows_N))
+    rows = torch.tensor(rows_N, dtype=torch.long)
+    ours = token_logprobs(states, head, targets, rows, temperature=temperature, chunk=chunk)
+    (ours * weights).sum().backward()
+    ours_gradient, states.grad = states.grad, None
+
+    repeated = token_logprobs(states[rows], head, targets, temperature=temperature)
+    (repeated * weights).sum().backward()
+
+    assert torch.allclose(ours, repeated, atol=1e-5)
     assert torch.allclose(ours_gradient, states.grad, atol=1e-5)
 
 

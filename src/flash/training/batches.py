@@ -6,6 +6,7 @@ of models, losses or where rows come from.
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import struct
@@ -23,11 +24,12 @@ import torch
 from torch import Tensor
 
 from flash.inference.chat import RenderedTarget
+from flash.inference.lanes import balanced
 
 # What starting another micro-batch costs, in tokens of the same work: the price of less padding.
 OVERHEAD_TOKENS = {"cpu": 128, "cuda": 2048}
 _MOST_HIDDEN = 1 << 22  # entries (16 MB) of a table that says which positions see which
-LEAST_TOKENS = 128  # fewer are not worth a lane of their own
+_LEAST_TOKENS = 128  # fewer are not worth a lane of their own
 
 Ints = npt.NDArray[np.int64]
 _TOKEN = np.dtype(np.int32)
@@ -124,6 +126,11 @@ def micro_batches(
     order = np.argsort(-np.asarray(lengths), kind="stable")
     sorted_lengths = np.asarray(lengths)[order]
     count = len(order)
+    if not count:
+        return []
+    padded_whole = int(sorted_lengths[0]) * count
+    if padded_whole <= token_budget and padded_whole - int(sorted_lengths.sum()) <= overhead_tokens:
+        return [order]  # no split saves what a second one costs
     cost = np.zeros(count + 1)
     start_of = np.zeros(count + 1, dtype=np.int64)
     for end in range(1, count + 1):
@@ -140,6 +147,29 @@ def micro_batches(
         groups.append(order[start:end])
         end = start
     return groups[::-1]
+
+
+def lane_batches(
+    rows: Sequence[Sequence[int]], *, lanes: int, token_budget: int, overhead_tokens: int, shares_openings: bool
+) -> list[list[list[int]]]:
+    """Cuts rows, as they come, into a run for each lane, and every run into micro-batches; numbers into `rows`.
+
+    The runs are about the same work: tokens, and where rows share their openings those that are computed.
+    """
+    if not rows:
+        return []
+    lengths = [len(row) for row in rows]
+    parts = min(lanes, max(1, sum(lengths) // _LEAST_TOKENS))
+    work = fresh_tokens(rows) if parts > 1 and shares_openings else lengths
+    return [
+        [
+            [part[int(place)] for place in places]
+            for places in micro_batches(
+                lengths[part.start : part.stop], token_budget=token_budget, overhead_tokens=overhead_tokens
+            )
+        ]
+        for part in balanced(work, parts)
+    ]
 
 
 @dataclass(frozen=True)
@@ -182,6 +212,13 @@ class MicroBatch:
     predictors_N: Tensor
     targets_N: Tensor
     sharing: Sharing | None = None
+
+    def distinct_predictors(self) -> tuple[Tensor, Tensor | None]:
+        """`predictors_N`, each shared one once, and which of these predicts each target (None: its own one)."""
+        if self.sharing is None:
+            return self.predictors_N, None
+        places_M, rows_N = self.sharing.place_BT[self.predictors_N].unique(return_inverse=True)
+        return self.sharing.computed_U[places_M], rows_N
 
 
 def collate(
@@ -230,10 +267,16 @@ def _sharing(
 
 
 def fresh_tokens(rows: Sequence[Sequence[int]]) -> list[int]:
-    """How many positions of each row no other row stands for: what it costs where rows share their openings."""
-    tokens_B_T = _padded(rows, 0)
-    fresh: list[int] = _prefix_tree(tokens_B_T, np.asarray([len(row) for row in rows]))[1].sum(axis=1).tolist()
+    """How many positions of each row no other row stands for: what it costs where rows share their openings. What all
+    of them begin with alike is left out: it costs every lane as much, whichever rows are its own."""
+    _, fresh_B_T = _prefix_tree(_padded(rows, 0), np.asarray([len(row) for row in rows]))
+    fresh: list[int] = fresh_B_T[:, common_opening(rows) :].sum(axis=1).tolist()
     return fresh
+
+
+def common_opening(rows: Sequence[Sequence[int]]) -> int:
+    """How many tokens all rows begin with alike (a template's start, a system prompt)."""
+    return sum(1 for _ in itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*rows, strict=False)))
 
 
 def _padded(rows: Sequence[npt.NDArray[np.int32] | Sequence[int]], pad_id: int) -> Ints:

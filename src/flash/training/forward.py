@@ -89,23 +89,22 @@ class LeanForward:
         places = torch.arange(length, device=tokens_B_T.device)
         cos_1_T_D, sin_1_T_D = backbone.rotary_emb(backbone.embed_tokens.weight[:1, :1], places[None])
         rotation = cos_1_T_D[0, :, None], sin_1_T_D[0, :, None]
-        tokens, needed_M, places_U = tokens_B_T.view(-1), positions_N, None
+        tokens, needed_N, places_U = tokens_B_T.view(-1), positions_N, None
         if sharing is not None:
             tokens, places_U = tokens[sharing.computed_U], _places(sharing)
             rotation = rotation[0][sharing.computed_U % length], rotation[1][sharing.computed_U % length]
-            needed_M, asked_N = sharing.place_BT[positions_N].unique(return_inverse=True)
+            needed_N = sharing.place_BT[positions_N]
         hidden = backbone.embed_tokens(tokens)
         last = backbone.layers[-1]
         for layer in backbone.layers:
             mixed = self._attention(layer, hidden, rows, length, rotation, sharing)
             if layer is last:
-                mixed = mixed.index_select(0, needed_M if places_U is None else places_U[needed_M])
-                hidden = hidden.index_select(0, needed_M)
+                mixed = mixed.index_select(0, needed_N if places_U is None else places_U[needed_N])
+                hidden = hidden.index_select(0, needed_N)
             elif places_U is not None:
                 mixed = mixed.index_select(0, places_U)
             hidden = after_attention(layer, hidden, mixed, bare=self._bare)
-        normed_M_H = last_norm(backbone.norm, hidden)
-        return normed_M_H if sharing is None else normed_M_H.index_select(0, asked_N)
+        return last_norm(backbone.norm, hidden)
 
     def _attention(
         self,

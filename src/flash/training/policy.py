@@ -62,10 +62,11 @@ class Policy:
         forward, worn = self.forward, None if reference else self.name
         if reference and (bare := self.bare_forward):
             forward, worn = bare, self.base.adapters.active_name
+        predictors_M, rows_N = batch.distinct_predictors()
         # lanes come here side by side, all for the same adapter, which their caller has put on already
         with self.base.adapters.active(worn):
-            hidden_N_H = forward(batch.tokens_B_T, batch.predictors_N, batch.sharing)
-        return token_logprobs(hidden_N_H, self.base.head, batch.targets_N, temperature=temperature)
+            hidden_M_H = forward(batch.tokens_B_T, predictors_M, batch.sharing)
+        return token_logprobs(hidden_M_H, self.base.head, batch.targets_N, rows_N, temperature=temperature)
 
 
 def build_policy(

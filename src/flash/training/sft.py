@@ -8,7 +8,6 @@ environment through `EnvironmentClient` and the world through `Reporter`.
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,19 +25,17 @@ from flash.config.run import RunSpec
 from flash.environments.protocol import EnvironmentClient, Rows, SFTTarget
 from flash.errors import FlashError, InvalidInput
 from flash.inference.chat import ChatRenderer, RenderedTarget
-from flash.inference.lanes import balanced
 from flash.inference.loading import BaseModel
 from flash.records import Phase
 from flash.training.batches import (
-    LEAST_TOKENS,
     OVERHEAD_TOKENS,
     Ints,
     MicroBatch,
     TokenRows,
     batch_indices,
     collate,
-    fresh_tokens,
-    micro_batches,
+    common_opening,
+    lane_batches,
     steps_per_epoch,
 )
 from flash.training.checkpoints import ADAPTER, Provenance, read_state, write_checkpoint
@@ -399,21 +396,15 @@ def _on_lanes(policy: Policy, work: Callable[[list[Targets]], T], shares: Sequen
 
 def _shares(policy: Policy, rows: TokenRows, indices: Ints, token_budget: int) -> list[list[Targets]]:
     """For each lane its part of the rows, in micro-batches of like length under the token budget."""
-    device = policy.base.device.type
     chosen = sorted((rows[int(index)] for index in indices), key=lambda row: -len(row.tokens))
-    lengths = [len(row.tokens) for row in chosen]
-    work = fresh_tokens([row.tokens for row in chosen]) if policy.shares_openings else lengths
-    parts = min(policy.base.lanes.count, max(1, sum(lengths) // LEAST_TOKENS))
-    overhead = OVERHEAD_TOKENS.get(device, OVERHEAD_TOKENS["cuda"])
-    return [
-        [
-            [chosen[part[int(place)]] for place in places]
-            for places in micro_batches(
-                lengths[part.start : part.stop], token_budget=token_budget, overhead_tokens=overhead
-            )
-        ]
-        for part in balanced(work, parts)
-    ]
+    lanes = lane_batches(
+        [row.tokens for row in chosen],
+        lanes=policy.base.lanes.count,
+        token_budget=token_budget,
+        overhead_tokens=OVERHEAD_TOKENS.get(policy.base.device.type, OVERHEAD_TOKENS["cuda"]),
+        shares_openings=policy.shares_openings,
+    )
+    return [[[chosen[number] for number in batch] for batch in lane] for lane in lanes]
 
 
 def _collated(policy: Policy, rows: Targets) -> MicroBatch:
@@ -428,5 +419,4 @@ def _collated(policy: Policy, rows: Targets) -> MicroBatch:
 
 def _opening(rows: Targets) -> list[tuple[int, int]]:
     """What all rows begin with (a template's start, a system prompt): its length, and that the first row has it."""
-    alike = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*(row.tokens for row in rows), strict=False))
-    return [(0, sum(1 for _ in alike))] * len(rows)
+    return [(0, common_opening([row.tokens for row in rows]))] * len(rows)

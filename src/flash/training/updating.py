@@ -16,9 +16,8 @@ from torch import Tensor
 
 from flash.config.run import RunSpec
 from flash.errors import InternalError
-from flash.inference.lanes import balanced
 from flash.training.advantages import all_equal, group_advantages
-from flash.training.batches import LEAST_TOKENS, OVERHEAD_TOKENS, MicroBatch, collate, micro_batches
+from flash.training.batches import OVERHEAD_TOKENS, MicroBatch, collate, lane_batches
 from flash.training.fitting import MicroBatches
 from flash.training.optimizer import Gradients, learning_rate, optimizer_step
 from flash.training.policy import Policy
@@ -161,21 +160,17 @@ class Updater:
 
     def _shares(self, rows: Sequence[Row]) -> list[list[Batch]]:
         """For each lane its part of the rows, in micro-batches of like length under the token budget."""
-        base, tokens = self._policy.base, self._micro_batches.tokens
+        base, tokens, shares = self._policy.base, self._micro_batches.tokens, self._policy.shares_openings
         # where openings are shared and padding costs nothing, groups stay together; else rows of like length
         by_device = OVERHEAD_TOKENS.get(base.device.type, OVERHEAD_TOKENS["cuda"])
-        overhead = tokens if self._policy.shares_openings else by_device
-        lengths = [len(row.episode.tokens) for row in rows]
-        parts = min(base.lanes.count, max(1, sum(lengths) // LEAST_TOKENS))
-        return [
-            [
-                [rows[part[int(place)]] for place in places]
-                for places in micro_batches(
-                    lengths[part.start : part.stop], token_budget=tokens, overhead_tokens=overhead
-                )
-            ]
-            for part in balanced(lengths, parts)
-        ]
+        lanes = lane_batches(
+            [row.episode.tokens for row in rows],
+            lanes=base.lanes.count,
+            token_budget=tokens,
+            overhead_tokens=tokens if shares else by_device,
+            shares_openings=shares,
+        )
+        return [[[rows[number] for number in batch] for batch in lane] for lane in lanes]
 
     def _collated(self, rows: Batch) -> MicroBatch:
         return collate(
