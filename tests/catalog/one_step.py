@@ -4,7 +4,6 @@
 """
 
 import json
-import resource
 import sys
 
 import torch
@@ -20,6 +19,7 @@ from flash.training.batches import collate
 from flash.training.losses import negative_log_likelihood
 from flash.training.optimizer import build_optimizer, optimizer_step
 from flash.training.policy import NAME, Policy, lean_forward, model_forward
+from flash.worker.trainer import peak_memory
 from layouts import config_of, spec_of
 
 torch.set_num_threads(1)
@@ -39,9 +39,9 @@ policy = Policy(base, adapter, lean or model_forward(base))
 optimizer = build_optimizer(policy.parameters(), spec.recipe, learning_rate=1e-4)
 row = list(range(3, 3 + tokens))
 batch = collate([row], [[False] * 8 + [True] * (tokens - 8)], pad_id=0, device=base.device)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak_memory("cpu")
 negative_log_likelihood(policy.logprobs(batch), normaliser=tokens).backward()
 optimizer_step(optimizer, policy.parameters(), rate=1e-4, max_grad_norm=1.0, step=1)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
+peak = peak_memory("cpu")
 estimate = memory_needed(spec, entry, "cpu")
 print(json.dumps({"peak": peak, "before": before, "estimate": estimate.total, "parts": estimate.parts}))

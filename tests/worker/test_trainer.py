@@ -228,3 +228,10 @@ def test_a_trainer_without_its_supervisor_ends():
         ours.close()
         assert process.wait(30) == 1
         assert process.stderr.read() == b""
+
+
+def test_peak_memory_leaves_out_what_the_process_that_started_this_one_held() -> None:
+    child = "from flash.worker.trainer import peak_memory; own = bytearray(50 << 20); print(peak_memory('cpu') >> 20)"
+    parent = "import subprocess, sys; held = b'x' * (500 << 20); subprocess.run([sys.executable, '-c', sys.argv[1]])"
+    answer = subprocess.run([sys.executable, "-c", parent, child], capture_output=True, text=True, check=True)
+    assert 50 < int(answer.stdout) < 300, answer

@@ -168,7 +168,7 @@ def _train(job: Mapping[str, Any], channel: Channel, stop: threading.Event) -> s
     if result.stopped:
         return "stopped"
     failpoint("trainer.trained")
-    reporter.metrics(result.step, {"peak_memory_bytes": _peak_memory(base.device.type)})
+    reporter.metrics(result.step, {"peak_memory_bytes": peak_memory(base.device.type)})
     evaluate(
         spec,
         base,
@@ -233,12 +233,15 @@ def _memory() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def _peak_memory(device: str) -> int:
-    """Bytes that training has held at most: of a GPU what torch reserved, else of this process in memory."""
+def peak_memory(device: str) -> int:
+    """Bytes that this process has held at most: of a GPU what torch reserved, else in memory."""
     if device == "cuda":
         import torch
 
         return torch.cuda.max_memory_reserved()
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux: ru_maxrss begins there with the peak of the process that started this one
+        return 1024 * int(status.read_text().partition("VmHWM:")[2].split(maxsplit=1)[0])
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return resident if sys.platform == "darwin" else 1024 * resident
 
