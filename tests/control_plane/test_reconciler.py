@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tests.scripted_service import until
 
 from flash.control_plane.cleaning import Cleaner
 from flash.errors import Unavailable
@@ -41,6 +42,25 @@ def test_a_run_goes_from_queue_to_done(world):
     seqs = [event["seq"] for event in world.events(run_id)]
     assert seqs == list(range(1, len(seqs) + 1))
     assert world.events(run_id)[-1]["data"]["to"] == "done"  # nothing follows the end
+
+
+@pytest.mark.parametrize("world", [{"reconcile_interval_s": 3600.0}], indirect=True)
+def test_a_device_is_given_on_as_soon_as_its_worker_is_gone_however_rarely_one_looks(world):
+    world.reconciler.start()
+    try:
+        first = world.submit()
+        until(lambda: f"{first}.1" in world.launcher.requests)
+        worker = world.worker(first)
+        worker.claim()
+        second = world.submit()
+        worker.save(1, final=True)
+        assert worker.finish("done").status_code == 204
+        until(lambda: world.status(first)["state"] == "done")
+        assert f"{second}.1" not in world.launcher.requests
+        world.launcher.die(worker.attempt_id)  # nobody tells the server
+        until(lambda: f"{second}.1" in world.launcher.requests)
+    finally:
+        world.reconciler.stop()
 
 
 def test_a_lost_worker_is_fenced_killed_and_replaced_from_the_newest_checkpoint(world):

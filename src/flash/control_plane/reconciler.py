@@ -46,6 +46,7 @@ from flash.storage.shares import Standing
 
 log = logging.getLogger("flash.reconciler")
 
+_FIRST_LOOK_S = 0.05  # at a worker that is leaving
 RETRIED = frozenset({FailureKind.INFRASTRUCTURE, FailureKind.STALL, FailureKind.PREEMPTED})
 
 
@@ -115,6 +116,13 @@ class Snapshot:
     listed: bool = True  # False: the launcher could not say what lives
     orgs: Mapping[str, Standing] = field(default_factory=dict, hash=False)  # those not named: of the usual weight
     hardware: Mapping[str, HardwareClass] = field(default_factory=dict, hash=False)  # what is known of devices
+
+    @property
+    def leaving(self) -> frozenset[str]:
+        """Attempts and engines that are over, and hold their devices until their processes are gone."""
+        attempts = ((f"{run.run_id}.{attempt.epoch}", attempt) for run in self.runs for attempt in run.attempts)
+        over = {name for name, attempt in attempts if attempt.state is AttemptState.ENDING}
+        return frozenset(over | {e.engine_id for e in self.engines if e.state is EngineState.ENDING})
 
 
 # --- what decide says ---------------------------------------------------------------------------------
@@ -475,6 +483,7 @@ class Reconciler:
         self._engines = Engines(plane)
         self._trouble: str | None = None  # with the launcher, as last told
         self._unsure: dict[str, str] = {}  # tokens of attempts of which it is not known whether they were launched
+        self._leaving: frozenset[str] = frozenset()  # attempts and engines that are ending, as last seen
 
     def start(self) -> None:
         self._plane.lead.start(on_change=self._plane.wake.set)
@@ -489,14 +498,16 @@ class Reconciler:
         self._plane.lead.close()
 
     def _loop(self) -> None:
-        led = 0
+        led, leaving = 0, self._leaving
+        longest = pause = self._plane.settings.reconcile_interval_s
         while not self._stopped.is_set():
-            self._plane.wake.wait(self._plane.settings.reconcile_interval_s)
+            self._plane.wake.wait(pause)
             self._plane.wake.clear()
             if self._stopped.is_set():
                 return
             term = self._plane.lead.term
             if not term:
+                pause = longest
                 continue
             if term != led:  # nobody may have listened to the workers for a while: everything gets its full time
                 self._plane.stopwatches.keep_only(set())
@@ -511,10 +522,16 @@ class Reconciler:
                 log.warning("the database can't be used, trying again: %s", " ".join(str(error.orig).split())[:300])
             except Exception:
                 log.exception("reconciling failed; trying again")
+            # A worker is gone moments after its last word, and others may wait for its device: soon, then ever later.
+            soon = _FIRST_LOOK_S if self._leaving != leaving else 2 * pause
+            leaving = self._leaving
+            pause = min(soon, longest) if leaving else longest
 
     def tick(self) -> list[Action]:
         """One look and what came of it. Kills alone are no change: they take effect when a probe says so."""
-        actions = decide(self.look(), self._plane.clock(), self._plane.settings)
+        snapshot = self.look()
+        self._leaving = snapshot.leaving
+        actions = decide(snapshot, self._plane.clock(), self._plane.settings)
         changed = []
         for action in actions:
             try:
