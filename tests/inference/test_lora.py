@@ -129,10 +129,13 @@ def test_experts_get_the_rank_divided_by_those_at_work_and_the_same_scale(rank: 
 
 
 def test_experts_without_an_adapter_are_the_models_own() -> None:
-    model = tiny("qwen3_5_moe")
-    before = logits(model)
+    """As near as the model's own fp32 experts come to its result in fp64; how near that is differs by processor."""
+    model, exact = tiny("qwen3_5_moe"), tiny("qwen3_5_moe").double()
+    exact.set_experts_implementation("eager")  # the grouped product knows no fp64
+    rounding = (logits(model) - logits(exact)).abs().max()
+    assert rounding < 1e-4
     Adapters(model)
-    assert torch.allclose(logits(model), before, rtol=1e-6, atol=1e-6)
+    assert (logits(model) - logits(exact)).abs().max() < 2 * rounding
 
 
 def test_a_new_adapter_changes_nothing_until_trained_and_a_seed_fixes_it() -> None:
