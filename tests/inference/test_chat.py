@@ -169,6 +169,25 @@ def test_of_many_targets_the_wrong_one_is_named() -> None:
 
 
 @every_layout
+def test_many_prompts_are_each_rendered_as_alone(layout: str) -> None:
+    renderer = ChatRenderer(tokenizer(layout), thinking=True)
+    system = {"role": "system", "content": "be brief"}
+    prompts = [[{"role": "user", "content": text}] for text in ("q", "another", "q")]
+    prompts.append([system, *prompts[0], {"role": "assistant", "content": "a"}, *prompts[1]])
+    together = renderer.render_prompts([(prompt, "here") for prompt in prompts])
+    assert together == [renderer.render_prompt(prompt) for prompt in prompts]
+    assert renderer.render_prompts([]) == []
+
+
+def test_of_many_prompts_the_wrong_one_is_named() -> None:
+    fine, wrong = [{"role": "user", "content": "q"}], [{"role": "nobody", "content": "q"}]
+    with pytest.raises(InvalidInput, match="row 2: the chat template refuses these messages: no such role"):
+        ChatRenderer(tokenizer("qwen3")).render_prompts([(fine, "row 1"), (wrong, "row 2")])
+    with pytest.raises(InvalidInput, match="row 2: there are no messages"):
+        ChatRenderer(tokenizer("qwen3")).render_prompts([(fine, "row 1"), ([], "row 2")])
+
+
+@every_layout
 def test_a_trace_that_the_template_opens_counts_as_prompt(layout: str) -> None:
     renderer = ChatRenderer(tokenizer(layout), thinking=True)
     target = renderer.render_target(

@@ -61,6 +61,18 @@ class ChatRenderer:
         """
         return self._encode(self.prompt_text(messages, tools=tools, where=where))
 
+    def render_prompts(self, prompts: Sequence[tuple[Sequence[Mapping[str, Any]], str]]) -> list[list[int]]:
+        """`render_prompt` of many (messages, where), each step for all of them at once."""
+        fitted = [fit_messages(messages, where=where) for messages, where in prompts]
+        if not fitted:
+            return []
+        try:
+            texts = self._texts(fitted, None, "the messages", prompt=True)
+        except InvalidInput:  # of one of them: by itself it is named
+            return [self.render_prompt(messages, where=where) for messages, where in prompts]
+        ids = self._ids(dict.fromkeys(texts))
+        return [list(ids[text]) for text in texts]
+
     def prompt_text(
         self,
         messages: Sequence[Mapping[str, Any]],

@@ -140,8 +140,8 @@ def _play(
     action_tokens = spec.train.max_tokens or defaults_for("grpo", spec.model).max_tokens[spec.thinking]
     while playing := [episode for episode in episodes if not episode.done]:
         requests, able = [], []
-        for episode in playing:
-            prompt = renderer.render_prompt(episode.messages, where=f"row {episode.index + 1} of split {SPLIT!r}")
+        prompts = [(episode.messages, f"row {episode.index + 1} of split {SPLIT!r}") for episode in playing]
+        for episode, prompt in zip(playing, renderer.render_prompts(prompts), strict=True):
             room = base.context_length - len(prompt)
             if room < 1:
                 episode.done = True

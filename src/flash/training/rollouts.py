@@ -170,14 +170,18 @@ class Collector:
             starts = [*self._environment.start(self._split, rows, seed=seed)]
         except UserCodeError:
             starts = [self._open_alone(row, seed) for row in rows]
-        opened: list[Prompt | UserCodeError] = []
-        for row, own_seed, start in zip(rows, seeds, starts, strict=True):
-            if isinstance(start, UserCodeError):
-                opened.append(start)
-            else:
-                tokens = self._renderer.render_prompt(start.messages, where=f"row {row} of {self._split}")
-                opened.append(Prompt(row, own_seed, start, tuple(tokens)))
-        return opened
+        rendered = self._renderer.render_prompts(
+            [
+                (start.messages, f"row {row} of {self._split}")
+                for row, start in zip(rows, starts, strict=True)
+                if isinstance(start, EpisodeStart)
+            ]
+        )
+        tokens = iter(rendered)
+        return [
+            Prompt(row, own_seed, start, tuple(next(tokens))) if isinstance(start, EpisodeStart) else start
+            for row, own_seed, start in zip(rows, seeds, starts, strict=True)
+        ]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Tokens as text, as the policy saw and wrote it: special tokens included."""

@@ -24,7 +24,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -90,7 +90,7 @@ class RemoteEnvironment:
         return StepResult(**self._channel.call("step", params, timeout_s=self._limits.hook_s))
 
     def score(self, split: str, index: int, episodes: Sequence[FinishedEpisode], *, seed: int) -> list[Score]:
-        group = [asdict(episode) for episode in episodes]
+        group = [vars(episode) for episode in episodes]
         params = {"split": split, "index": index, "episodes": group, "seed": seed}
         answer = self._channel.call("score", params, timeout_s=self._limits.score_s)
         return [Score(**score) for score in answer]
@@ -550,6 +550,7 @@ def _read_output(stream: IO[bytes], name: str, on_output: OutputHandler) -> thre
 
 CONNECTION_LOST = 70  # exit status
 ORPHAN_GRACE_S = 30.0
+_IDLE_S = 5.0  # without a call: no alarm is needed
 
 
 class _Server:
@@ -561,28 +562,39 @@ class _Server:
         self._pid = os.getpid()
         self._frames: queue.SimpleQueue[Frame] = queue.SimpleQueue()
         self._environment: LocalEnvironment | None = None
+        self._pool: ThreadPoolExecutor | None = None
         self._limits: dict[int, float] = {}  # of the calls that run, by id: when each should be over
         self._limits_lock = threading.Lock()
-        self._channel = Channel(sock, on_frame=self._frames.put, on_close=_end)
+        self._alarm: float | None = None  # when it goes off
+        self._channel = Channel(sock, on_frame=self._take, on_close=_end)
         # A child that user code forks must not keep the connection open, let alone speak on it.
         os.register_at_fork(after_in_child=lambda: _close_quietly(self._fd))
 
+    def _take(self, frame: Frame) -> None:
+        if self._pool is None:
+            self._frames.put(frame)
+        else:
+            self._pool.submit(self._run, frame)
+
     def serve(self) -> None:
         self._channel.start()
-        pool: ThreadPoolExecutor | None = None
         while True:
-            frame = self._frames.get()
-            if pool is None:
-                self._run(frame)
-                if self._environment is not None and not self._environment.serial:
-                    pool = ThreadPoolExecutor(32, thread_name_prefix="environment-call")
-            else:
-                pool.submit(self._run, frame)
+            try:
+                frame = self._frames.get(timeout=_IDLE_S)
+            except queue.Empty:
+                self._disarm_if_idle()
+                continue
+            if self._pool is not None:  # it came just before the pool
+                self._pool.submit(self._run, frame)
+                continue
+            self._run(frame)
+            if self._environment is not None and not self._environment.serial:
+                self._pool = ThreadPoolExecutor(32, thread_name_prefix="environment-call")
 
     def _run(self, frame: Frame) -> None:
         self._say({"type": "begin", "id": frame["id"]})
         failpoint("host.call")
-        self._set_alarm(frame["id"], frame.get("timeout_s"))
+        self._arm(frame["id"], frame.get("timeout_s"))
         try:
             answer = {"result": self._answer(frame["method"], frame["params"])}
         except FlashError as error:
@@ -590,23 +602,30 @@ class _Server:
         except BaseException as error:
             answer = {"error": InternalError(f"{frame['method']}: {type(error).__name__}: {error}").to_wire()}
         failpoint("host.answer")
-        self._set_alarm(frame["id"], None)
+        with self._limits_lock:
+            self._limits.pop(frame["id"], None)
         self._say({"type": "reply", "id": frame["id"], **answer})
 
-    def _set_alarm(self, call_id: int, limit: float | None) -> None:
+    def _arm(self, call_id: int, limit: float | None) -> None:
         """Ends this process some time after the last running call should be over.
 
         The supervisor kills it at the limit. But code stuck inside C, holding the interpreter's lock, would
-        outlive a supervisor that died meanwhile: no thread could notice. This alarm needs no interpreter.
+        outlive a supervisor that died meanwhile: no thread could notice. This alarm needs no interpreter. Each setting
+        costs it a thread, so it is moved when it must be, and taken back when nothing has run for a while.
         """
+        if limit is None:
+            return
         with self._limits_lock:
-            self._limits.pop(call_id, None)
-            if limit is not None:
-                self._limits[call_id] = time.monotonic() + limit
-            if self._limits:
-                seconds = max(self._limits.values()) - time.monotonic() + ORPHAN_GRACE_S
-                faulthandler.dump_traceback_later(max(1.0, seconds), exit=True, file=sys.__stderr__ or 2)
-            else:
+            over = self._limits[call_id] = time.monotonic() + limit
+            if self._alarm is None or self._alarm < over + ORPHAN_GRACE_S:
+                self._alarm = over + 2 * ORPHAN_GRACE_S
+                seconds = max(1.0, self._alarm - time.monotonic())
+                faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or 2)
+
+    def _disarm_if_idle(self) -> None:
+        with self._limits_lock:
+            if self._alarm is not None and not self._limits:
+                self._alarm = None
                 faulthandler.cancel_dump_traceback_later()
 
     def _say(self, frame: Frame) -> None:
