@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 # Servers of tests that train nothing need not load torch; those that do train begin without FLASH_ variables.
 os.environ.setdefault("FLASH_SERVER_PRELOAD", "false")
 
+# A shell starts what runs in its background with Ctrl-C ignored, which children would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # How long an example takes says how busy the machine is, nothing of what is tested.
 hypothesis.settings.register_profile("flash", deadline=None)

@@ -46,6 +46,12 @@ def decided(
     return decide(Snapshot(runs, devices, engines=engines), 0.0, SETTINGS)
 
 
+def test_attempts_and_engines_that_are_over_are_leaving():
+    over = replace(TRAINING, state=AttemptState.ENDING)
+    hosts = (READY, replace(READY, engine_id="e2", state=EngineState.ENDING))
+    assert Snapshot((run(over), run(TRAINING, run_id="r2")), ("cuda:0",), engines=hosts).leaving == {"r.1", "e2"}
+
+
 # --- devices ------------------------------------------------------------------------------------------
 
 

@@ -301,23 +301,38 @@ def test_adapters_load_from_files_and_are_never_merged(tmp_path: Path) -> None:
         engine.generate([Request((1,), greedy, adapter="loaded")])
 
 
-def test_a_broken_adapter_leaves_nothing_behind() -> None:
-    base = tiny("qwen3")
+def after_a_broken_adapter(base: BaseModel, rows: int) -> TorchEngine:
+    """An engine whose cache of so many rows is full of what is not a number."""
     noisy_adapter(base)
-    greedy = Sampling(24, temperature=0.0)
-    engine = TorchEngine(base, max_rows=2)
-    long = [Request(prompt, greedy, adapter="policy") for prompt in prompts(60, 70)]
+    engine = TorchEngine(base, max_rows=rows)
+    long = [Request(prompt, Sampling(24), adapter="policy") for prompt in prompts(*range(70, 70 + rows))]
     engine.generate(long)
     with torch.no_grad():
         for pair in base.adapters["policy"].pairs.values():
             pair.B.fill_(torch.nan)
     engine.generate(long)
-    # the last one joins the first, and needs more columns than that has
-    requests = [
-        Request(prompt, replace(greedy, max_tokens=limit))
-        for prompt, limit in zip(prompts(4, 3, 50), (24, 4, 6), strict=True)
-    ]
+    return engine
+
+
+def greedy(prompt: tuple[int, ...], max_tokens: int, n: int = 1) -> Request:
+    return Request(prompt, Sampling(max_tokens, temperature=0.0), n=n)
+
+
+def test_a_row_that_joins_with_a_longer_prompt_meets_nothing_of_a_broken_adapter() -> None:
+    base = tiny("qwen3")
+    engine = after_a_broken_adapter(base, rows=2)
+    first, second, long = prompts(4, 3, 50)
+    requests = [greedy(first, 24), greedy(second, 4), greedy(long, 6)]
     assert engine.generate(requests) == TorchEngine(base, max_rows=2).generate(requests)
+
+
+def test_rows_that_join_where_this_batch_had_none_meet_nothing_of_a_broken_adapter() -> None:
+    base = tiny("qwen3")
+    engine = after_a_broken_adapter(base, rows=4)
+    group, long, *short = prompts(20, 20, 2, 3, 2)
+    # the group's samples agree, so they are one row of the decoder; when they end, three prompts join
+    requests = [greedy(group, 4, n=3), greedy(long, 24), *(greedy(prompt, 6) for prompt in short)]
+    assert engine.generate(requests) == TorchEngine(base, max_rows=4).generate(requests)
 
 
 def test_an_adapter_in_training_is_sampled_live() -> None:

@@ -171,5 +171,6 @@ def test_lanes_compute_about_as_much_where_openings_are_shared(opening: int) -> 
         )
         return [len({tuple(rows[n][:end]) for n in lane[0] for end in range(1, len(rows[n]) + 1)}) for lane in lanes]
 
+    assert len(computed(True)) == len(computed(False)) == 2
     assert max(computed(True)) - min(computed(True)) <= 42
     assert max(computed(False)) - min(computed(False)) > 400

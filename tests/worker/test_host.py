@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 import textwrap
 import threading
 import time
@@ -14,8 +16,15 @@ import pytest
 
 from flash.environments.protocol import FinishedEpisode, Score
 from flash.errors import InternalError, InvalidInput, UserCodeError
-from flash.worker.channel import Channel
-from flash.worker.environment_host import CallLimits, EnvironmentHost, HostBounds, HostSpec, RemoteEnvironment
+from flash.worker.channel import Call, Channel
+from flash.worker.environment_host import (
+    MODULE,
+    CallLimits,
+    EnvironmentHost,
+    HostBounds,
+    HostSpec,
+    RemoteEnvironment,
+)
 
 CODE = """
     import os, pathlib, random, signal, subprocess, sys, threading, time
@@ -458,6 +467,36 @@ def test_the_host_goes_when_its_supervisor_is_killed(hosted: Callable[..., Hoste
     one.host._process._channel.close()  # type: ignore[union-attr]  # all that the host sees of a killed parent
     assert gone(pid)
     assert gone(child)
+
+
+@pytest.mark.parametrize("concurrency", [1, 8])
+def test_code_stuck_in_c_ends_although_nobody_ends_it(hosted: Callable[..., Hosted], concurrency: int) -> None:
+    """The test stands for a supervisor that is too dead to keep the limit, not dead enough to close the connection."""
+    package = hosted("if text == 'stuck': __import__('re').match('(a+)+$', 'a' * 99 + 'b')", concurrency=concurrency)
+    package.work_dir.mkdir(exist_ok=True)
+    ours, theirs = socket.socketpair()
+    command = [sys.executable, "-P", "-m", MODULE, "--fd", str(theirs.fileno()), "--grace", "0.3"]
+    with subprocess.Popen(command, cwd=package.folder, pass_fds=[theirs.fileno()], stderr=subprocess.PIPE) as process:
+        theirs.close()
+        channel = Channel(ours).start()
+        try:
+            folders = {"folder": str(package.folder), "work_dir": str(package.work_dir)}
+            channel.call("load", {**folders, "params": {}, "contract": None}, timeout_s=600)
+            channel.call("rows", {"split": None, "limit": 0}, timeout_s=600)
+
+            def score(text: str) -> Call:
+                episodes = [{"messages": [], "response_text": text}]
+                params = {"split": "train", "index": 0, "episodes": episodes, "seed": 0}
+                return channel.begin("score", params, timeout_s=0.3)
+
+            for _ in range(3):
+                assert score("yes").result.result(20)[0]["reward"] == 1.0
+                time.sleep(0.6)  # in all longer than a call's limit and the grace: nothing runs, so nothing ends
+            score("stuck")
+            assert process.wait(20) == 1
+        finally:
+            process.kill()
+            channel.close()
 
 
 # --- output -----------------------------------------------------------------------------------------

@@ -501,7 +501,7 @@ class Reconciler:
         led, leaving = 0, self._leaving
         longest = pause = self._plane.settings.reconcile_interval_s
         while not self._stopped.is_set():
-            self._plane.wake.wait(pause)
+            woken = self._plane.wake.wait(pause)
             self._plane.wake.clear()
             if self._stopped.is_set():
                 return
@@ -523,9 +523,12 @@ class Reconciler:
             except Exception:
                 log.exception("reconciling failed; trying again")
             # A worker is gone moments after its last word, and others may wait for its device: soon, then ever later.
-            soon = _FIRST_LOOK_S if self._leaving != leaving else 2 * pause
+            if self._leaving != leaving:
+                pause = _FIRST_LOOK_S
+            elif not woken:
+                pause *= 2
             leaving = self._leaving
-            pause = min(soon, longest) if leaving else longest
+            pause = min(pause, longest) if leaving else longest
 
     def tick(self) -> list[Action]:
         """One look and what came of it. Kills alone are no change: they take effect when a probe says so."""

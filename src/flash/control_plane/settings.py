@@ -214,7 +214,7 @@ class ServerSettings(BaseModel):
     """The time limit where no estimate can be made."""
 
     reconcile_interval_s: float = Field(default=1.0, gt=0)
-    """How often runs and workers are looked at when nothing happens."""
+    """How often runs and workers are looked at when nothing happens; more often while a worker is leaving."""
 
     leader_lease_s: float = Field(default=15.0, ge=2)
     """With several servers: after so long without a sign of the leading one another takes the lead."""

@@ -196,7 +196,7 @@ class RowDecoder:
         self._starts_B = torch.cat([self._starts_B.to(device), self._column - lengths_P[owner_N]])
         self._reserve(max(self.rows, room), self._column + 1)
         for tensor in (*self._keys, *self._values):
-            _hide(tensor[first : self.rows, :, : self._column])
+            _blank(tensor[first : self.rows, :, : self._column])
         logits: dict[int, Tensor] = {}
         for chunk in _chunks(prompts):
             width = len(prompts[chunk[-1]])
@@ -297,7 +297,7 @@ class RowDecoder:
             for cache in (self._keys, self._values) if rows else ():
                 for tensor in cache:
                     tensor[:rows, :, missing:longest] = tensor[:rows, :, :before].clone()
-                    _hide(tensor[:rows, :, :missing])
+                    _blank(tensor[:rows, :, :missing])
         self._hidden_BK_1_T = None
 
     def _hidden_columns(self) -> Tensor:
@@ -335,7 +335,7 @@ class RowDecoder:
         self._hidden_BK_1_T = None
 
 
-def _hide(columns: Tensor) -> None:
+def _blank(columns: Tensor) -> None:
     """A hidden column takes part in scores and weighted values all the same, as 0 times its content: so that must be
     a number."""
     columns.zero_()

@@ -55,6 +55,7 @@ class _TokenLogprobs(torch.autograd.Function):
             if slope_M_H is not None:
                 slope_C_H = (mass_C_V.to(head_V_H.dtype) @ head_V_H).div_(-sums_C_1)
                 slope_M_H[part] = slope_C_H if rows_N is not None else slope_C_H.add_(head_V_H[targets_N[part]])
+            del logits_C_V, mass_C_V  # before the next ones are there
         if slope_M_H is not None:
             ctx.save_for_backward(slope_M_H, *(() if rows_N is None else (head_V_H, targets_N, rows_N)))
             ctx.scale = scale

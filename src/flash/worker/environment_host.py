@@ -550,51 +550,48 @@ def _read_output(stream: IO[bytes], name: str, on_output: OutputHandler) -> thre
 
 CONNECTION_LOST = 70  # exit status
 ORPHAN_GRACE_S = 30.0
-_IDLE_S = 5.0  # without a call: no alarm is needed
 
 
 class _Server:
     """Answers calls: `load` first, on the main thread; then on a pool, or all on the main thread if serial."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, grace_s: float) -> None:
+        self._grace_s = grace_s
         self._fd = sock.fileno()
         self._inode = os.fstat(self._fd).st_ino
         self._pid = os.getpid()
         self._frames: queue.SimpleQueue[Frame] = queue.SimpleQueue()
         self._environment: LocalEnvironment | None = None
-        self._pool: ThreadPoolExecutor | None = None
         self._limits: dict[int, float] = {}  # of the calls that run, by id: when each should be over
         self._limits_lock = threading.Lock()
-        self._alarm: float | None = None  # when it goes off
-        self._channel = Channel(sock, on_frame=self._take, on_close=_end)
+        self._alarm: float | None = None  # when it goes off; see _set_alarm
+        self._channel = Channel(sock, on_frame=self._frames.put, on_close=_end)
         # A child that user code forks must not keep the connection open, let alone speak on it.
         os.register_at_fork(after_in_child=lambda: _close_quietly(self._fd))
 
-    def _take(self, frame: Frame) -> None:
-        if self._pool is None:
-            self._frames.put(frame)
-        else:
-            self._pool.submit(self._run, frame)
-
     def serve(self) -> None:
         self._channel.start()
+        pool: ThreadPoolExecutor | None = None
         while True:
             try:
-                frame = self._frames.get(timeout=_IDLE_S)
+                frame = self._frames.get(timeout=self._grace_s / 6)
             except queue.Empty:
-                self._disarm_if_idle()
+                self._set_alarm()
                 continue
-            if self._pool is not None:  # it came just before the pool
-                self._pool.submit(self._run, frame)
-                continue
-            self._run(frame)
-            if self._environment is not None and not self._environment.serial:
-                self._pool = ThreadPoolExecutor(32, thread_name_prefix="environment-call")
+            if pool is None:
+                self._run(frame)
+                if self._environment is not None and not self._environment.serial:
+                    pool = ThreadPoolExecutor(32, thread_name_prefix="environment-call")
+            else:
+                pool.submit(self._run, frame)
 
     def _run(self, frame: Frame) -> None:
         self._say({"type": "begin", "id": frame["id"]})
         failpoint("host.call")
-        self._arm(frame["id"], frame.get("timeout_s"))
+        if (limit := frame.get("timeout_s")) is not None:
+            with self._limits_lock:
+                self._limits[frame["id"]] = time.monotonic() + limit
+        self._set_alarm()
         try:
             answer = {"result": self._answer(frame["method"], frame["params"])}
         except FlashError as error:
@@ -603,30 +600,25 @@ class _Server:
             answer = {"error": InternalError(f"{frame['method']}: {type(error).__name__}: {error}").to_wire()}
         failpoint("host.answer")
         with self._limits_lock:
-            self._limits.pop(frame["id"], None)
+            self._limits.pop(frame["id"], None)  # the alarm stays for the next call, or until none has come for a while
         self._say({"type": "reply", "id": frame["id"], **answer})
 
-    def _arm(self, call_id: int, limit: float | None) -> None:
+    def _set_alarm(self) -> None:
         """Ends this process some time after the last running call should be over.
 
         The supervisor kills it at the limit. But code stuck inside C, holding the interpreter's lock, would
-        outlive a supervisor that died meanwhile: no thread could notice. This alarm needs no interpreter. Each setting
-        costs it a thread, so it is moved when it must be, and taken back when nothing has run for a while.
+        outlive a supervisor that died meanwhile: no thread could notice. This alarm needs no interpreter. To set it
+        takes a thread, so it is moved only where it would go off too early or far too late.
         """
-        if limit is None:
-            return
         with self._limits_lock:
-            over = self._limits[call_id] = time.monotonic() + limit
-            if self._alarm is None or self._alarm < over + ORPHAN_GRACE_S:
-                self._alarm = over + 2 * ORPHAN_GRACE_S
-                seconds = max(1.0, self._alarm - time.monotonic())
-                faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or 2)
-
-    def _disarm_if_idle(self) -> None:
-        with self._limits_lock:
-            if self._alarm is not None and not self._limits:
-                self._alarm = None
+            over = max(self._limits.values(), default=None)
+            if over is None:
                 faulthandler.cancel_dump_traceback_later()
+                self._alarm = None
+            elif self._alarm is None or not self._grace_s <= self._alarm - over <= 3 * self._grace_s:
+                self._alarm = over + 2 * self._grace_s
+                seconds = max(self._grace_s, self._alarm - time.monotonic())
+                faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or 2)
 
     def _say(self, frame: Frame) -> None:
         """Sends, unless user code has closed or taken over our descriptor, or this is a fork of it."""
@@ -670,6 +662,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--fd", type=int, required=True)
     parser.add_argument("--confined", action="store_true", help="no program that it starts gains rights (Linux)")
+    parser.add_argument("--grace", type=float, default=ORPHAN_GRACE_S, help="seconds past a call's limit to the end")
     arguments = parser.parse_args()
     fd = arguments.fd
     os.set_inheritable(fd, False)
@@ -677,7 +670,7 @@ def main() -> None:
         _renounce_privileges()
     make_random_per_thread()
     _prefer_for_memory()
-    _Server(socket.socket(fileno=fd)).serve()
+    _Server(socket.socket(fileno=fd), arguments.grace).serve()
 
 
 if __name__ == "__main__":

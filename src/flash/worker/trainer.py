@@ -9,6 +9,7 @@ anything the supervisor does meanwhile.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -239,9 +240,8 @@ def peak_memory(device: str) -> int:
         import torch
 
         return torch.cuda.max_memory_reserved()
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux: ru_maxrss begins there with the peak of the process that started this one
-        return 1024 * int(status.read_text().partition("VmHWM:")[2].split(maxsplit=1)[0])
+    with contextlib.suppress(OSError, IndexError):  # Linux, whose ru_maxrss begins with the peak of what started this
+        return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split(maxsplit=1)[0])
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return resident if sys.platform == "darwin" else 1024 * resident
 
