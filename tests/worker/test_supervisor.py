@@ -124,8 +124,9 @@ def test_a_call_that_hangs_costs_that_call_alone(plane, attempt):
 
 
 def test_cancel_lets_the_trainer_save(plane, attempt, until):
+    """Here and below a second checkpoint may be saved once the first has arrived: a waiting one gives way to it."""
     run = attempt("obey", stop_grace_s=10)
-    until(lambda: "waiting" in plane.logged())
+    until(lambda: "waiting" in plane.logged() and plane.checkpoints)
     plane.desired = "cancel"
     assert run.wait() == 0, run.said()
     assert plane.finish["outcome"] == "cancelled"
@@ -154,7 +155,7 @@ def test_cancel_does_not_wait_for_an_environment_that_loads(plane, attempt, unti
 
 def test_sigterm_saves_and_reports_a_preemption(plane, attempt, until):
     run = attempt("obey", preempt_grace_s=10)
-    until(lambda: "waiting" in plane.logged())
+    until(lambda: "waiting" in plane.logged() and plane.checkpoints)
     run.process.send_signal(signal.SIGTERM)
     assert run.wait() == 0, run.said()
     assert (plane.finish["outcome"], plane.finish["failure"]) == ("failed", "preempted")
@@ -187,7 +188,7 @@ def test_a_plane_that_is_away_for_a_while_misses_nothing(plane, attempt, until):
     run = attempt("obey", stop_grace_s=10)
     until(lambda: plane.heartbeats)
     down_until[0] = time.monotonic() + 0.7
-    until(lambda: "waiting" in plane.logged())
+    until(lambda: "waiting" in plane.logged() and plane.checkpoints)
     plane.desired = "cancel"
     assert run.wait() == 0, run.said()
     assert plane.finish["outcome"] == "cancelled"
