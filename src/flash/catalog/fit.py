@@ -91,9 +91,11 @@ def memory_needed(spec: RunSpec, entry: ModelEntry, kind: Kind = "gpu", tokens: 
     if kind == "gpu":  # the adapter's matrices in bf16
         activations += width * adapter_parameters(entry, spec.train.lora_rank, width=width)
     # one layer's gradients with respect to what it kept exist while it is passed through backwards
-    activations += tokens * kept_bytes(entry, rank=0, width=width) // shape.layers
-    # fp32 logits, which become their exponentials in place, on a GPU beside a copy in bf16; the hidden states' slope
-    head = max(_CHUNK_LOGITS, shape.vocab) * (4 if kind == "cpu" else 6) + tokens * shape.hidden * 2 * width
+    layer_gradients = tokens * kept_bytes(entry, rank=0, width=width) // shape.layers
+    # before that fp32 logits, which become their exponentials in place, on a GPU beside a copy in bf16
+    logits = max(_CHUNK_LOGITS, shape.vocab) * (4 if kind == "cpu" else 6)
+    activations += layer_gradients
+    head = tokens * shape.hidden * 2 * width + max(0, logits - layer_gradients)  # the hidden states' slope stays
     rollouts = _rollout_bytes(spec, entry, width) if spec.algorithm == "grpo" else 0
     overhead = _RUNTIME[kind] + int(_SLACK[kind] * max(activations + head, rollouts))
     return MemoryEstimate(
