@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import signal
@@ -228,7 +229,8 @@ def test_a_hub_that_only_has_other_bytes_is_refused(stand_in, hub):
     stand_in.corrupt = {NAMES[1]: 9}
     with pytest.raises(ModelError, match=rf"^team/tiny: {NAMES[1]} came twice with other bytes than"):
         fetch("team/tiny", hub=hub)
-    assert not list(hub.cache.rglob("*.incomplete"))
+    refused = hashlib.sha256(repository()[NAMES[1]]).hexdigest()
+    assert not list(hub.cache.rglob(f"{refused}*.incomplete"))  # another's beginning may stay, for the next try
     stand_in.corrupt = {}
     assert fetch("team/tiny", hub=hub).note is None
 
